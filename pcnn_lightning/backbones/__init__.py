@@ -1,0 +1,50 @@
+"""Backbones by name. A new one is one function in a file of its own and one line here."""
+
+from collections.abc import Callable
+from functools import partial
+
+from pcnn_lightning.backbones.blocks import Activation, Convolution, Network, OneBitBlock
+from pcnn_lightning.backbones.resnet import resnet
+from pcnn_lightning.backbones.vgg import vgg_small
+from pcnn_lightning.backbones.wide_resnet import wide_resnet
+
+Backbone = Callable[..., Network]
+"""Takes ``(num_classes, in_channels, convolution, activation)`` and the keywords ``stages`` and ``planes``."""
+
+BACKBONES: dict[str, Backbone] = {
+    "wrn7": partial(wide_resnet, depth=7),
+    "wrn22": partial(wide_resnet, depth=22),
+    "wrn40": partial(wide_resnet, depth=40),
+    "resnet18": partial(resnet, depth=18),
+    "resnet34": partial(resnet, depth=34),
+    "resnet18_cifar": partial(resnet, depth=18, stem="cifar"),
+    "resnet34_cifar": partial(resnet, depth=34, stem="cifar"),
+    "vgg_small": vgg_small,
+}
+
+
+def build_backbone(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    convolution: Convolution,
+    activation: Activation,
+    *,
+    stages: list[int] | None = None,
+    planes: int = 1,
+) -> Network:
+    """Build a registered backbone; ``stages=None`` takes its own default.
+
+    Raises:
+        ValueError: if there is no backbone of that name, or it refuses an argument.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, but got {name!r}")
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, but got {value}")
+    chosen = {} if stages is None else {"stages": stages}
+    return BACKBONES[name](num_classes, in_channels, convolution, activation, planes=planes, **chosen)
+
+
+__all__ = ["BACKBONES", "Network", "OneBitBlock", "build_backbone"]

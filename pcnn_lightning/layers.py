@@ -1,0 +1,253 @@
+"""Layers of 1-bit networks: thin modules over :mod:`pcnn_lightning.functional`, usable in any training loop."""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcnn_lightning.functional import (
+    Levels,
+    ProjectionForward,
+    SignGradient,
+    eta_square,
+    project,
+    sign_activation,
+)
+
+ProjectionInit = Literal["normal", "signs", "near_one", "ones"]
+
+
+class SignActivation(nn.Module):
+    """Binarise activations to -1 and +1; see :func:`pcnn_lightning.functional.sign_activation`.
+
+    Args:
+        gradient: ``"clip"`` passes the gradient where abs(x) <= 1, ``"polynomial"`` is Bi-Real Net's.
+
+    Raises:
+        ValueError: if ``gradient`` is neither.
+    """
+
+    def __init__(self, gradient: SignGradient = "clip") -> None:
+        super().__init__()
+        _check_choice("gradient", gradient, get_args(SignGradient))
+        self.gradient = gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sign_activation(x, self.gradient)
+
+    def extra_repr(self) -> str:
+        return f"gradient={self.gradient!r}"
+
+
+class ProjectionConv2d(nn.Module):
+    r"""Convolution with kernels quantised through J learned projections (3.46-3.48): ``conv2d(x, D)``.
+
+    It convolves its input as it is; put a :class:`SignActivation` in front for 1-bit activations. There is no bias
+    and no groups. In a loop of your own::
+
+        loss = task_loss + sum(layer.projection_loss() for layer in layers)
+        loss.backward()  # leaves (3.49) in layer.weight.grad and (3.53) in layer.projection.grad
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, a multiple of ``projections``.
+        kernel_size: an integer or a pair.
+        stride: an integer or a pair.
+        padding: an integer, a pair, ``"valid"`` or ``"same"``.
+        dilation: an integer or a pair.
+        groups: 1. The argument exists so that another value is refused rather than dropped.
+        projections: J, how many projections quantise each kernel.
+        levels: ``"binary"`` or ``"ternary"``; may be assigned at any time.
+        sigma: σ; a ternary layer sets to zero what is at most σ * mean|C|.
+        projection_loss_weight: λ of :meth:`projection_loss`.
+        eta: η of 3.42. With η > 0 a layer is to be called once in each forward pass.
+        projection_forward: whether all of W_j (``"full"``) or its mean (``"mean"``) quantises. With the mean, the J
+            kernels of a binary layer are equal up to sign. Default: full for J > 1, mean for J = 1.
+        projection_init: W ~ N(0, 1) (``"normal"``), ±1 (``"signs"``), N(1, 0.1) (``"near_one"``) or 1 (``"ones"``).
+
+    Attributes:
+        weight: C, (out_channels / J, in_channels, kh, kw).
+        projection: W, (J, kh, kw).
+
+    Raises:
+        ValueError: names the argument that is wrong, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | Literal["valid", "same"] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        *,
+        projections: int = 1,
+        levels: Levels = "binary",
+        sigma: float = 0.7,
+        projection_loss_weight: float = 1e-4,
+        eta: float = 0.0,
+        projection_forward: ProjectionForward | None = None,
+        projection_init: ProjectionInit = "normal",
+    ) -> None:
+        super().__init__()
+        kernel_size = _pair(kernel_size)
+        _check_at_least("in_channels", in_channels, 1)
+        _check_at_least("out_channels", out_channels, 1)
+        _check_at_least("kernel_size", min(kernel_size), 1)
+        _check_at_least("projections", projections, 1)
+        if out_channels % projections:
+            raise ValueError(f"projections must divide out_channels={out_channels}, but got {projections}")
+        if groups != 1:
+            raise ValueError(f"groups must be 1 (grouped projection convolutions are not supported), but got {groups}")
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma must be a positive number, but got {sigma}")
+        _check_at_least("projection_loss_weight", projection_loss_weight, 0)
+        _check_at_least("eta", eta, 0)
+        if projection_forward is None:
+            projection_forward = "mean" if projections == 1 else "full"
+        _check_choice("projection_forward", projection_forward, get_args(ProjectionForward))
+        _check_choice("projection_init", projection_init, get_args(ProjectionInit))
+
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.projections, self.sigma, self.eta = projections, sigma, eta
+        self.levels = levels
+        self.projection_loss_weight = projection_loss_weight
+        self.projection_forward, self.projection_init = projection_forward, projection_init
+        self.weight = nn.Parameter(torch.empty(out_channels // projections, in_channels, *kernel_size))
+        self.projection = nn.Parameter(torch.empty(projections, *kernel_size))
+        self._loss_of_forward: Tensor | None = None
+        self._step_sums: tuple[Tensor, Tensor] | None = None
+        self.reset_parameters()
+
+    @property
+    def levels(self) -> Levels:
+        """The set Ω that kernels are quantised to."""
+        return self._levels
+
+    @levels.setter
+    def levels(self, levels: Levels) -> None:
+        _check_choice("levels", levels, get_args(Levels))
+        self._levels: Levels = levels
+
+    def reset_parameters(self) -> None:
+        """Draw C (He et al., for the fan-in of the kernels that convolve) and W anew."""
+        nn.init.kaiming_normal_(self.weight)
+        self.reset_projection()
+
+    @torch.no_grad()
+    def reset_projection(self, generator: torch.Generator | None = None) -> None:
+        """Draw W anew from its initial distribution.
+
+        Args:
+            generator: a CPU generator, so that every device and process draws the same; default torch's own.
+        """
+        shape, dtype = self.projection.shape, self.projection.dtype
+        if self.projection_init == "normal":
+            drawn = torch.randn(shape, generator=generator)
+        elif self.projection_init == "signs":
+            drawn = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+        elif self.projection_init == "near_one":
+            drawn = 1 + 0.1 * torch.randn(shape, generator=generator)
+        else:
+            drawn = torch.ones(shape)
+        self.projection.copy_(drawn.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, in_channels, H, W) with D, as :func:`torch.nn.functional.conv2d` does.
+
+        Raises:
+            ValueError: if the input does not have ``in_channels`` channels.
+        """
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"expected an input of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}: "
+                f"this layer has in_channels={self.in_channels}"
+            )
+        quantized, loss = self._project()
+        if self.training and torch.is_grad_enabled():
+            # Kept for projection_loss(): its gradient needs the δ that will flow back through this very D.
+            self._loss_of_forward = loss
+        return F.conv2d(x, quantized, None, self.stride, self.padding, self.dilation)
+
+    def projection_loss(self) -> Tensor:
+        """This layer's share of 3.42, weighted with λ: a scalar, at least float32.
+
+        After a forward pass in training mode it belongs to that pass (once: it is handed out and forgotten);
+        otherwise it is computed from C and W as they are.
+        """
+        loss, self._loss_of_forward = self._loss_of_forward, None
+        return self._project()[1] if loss is None or not torch.is_grad_enabled() else loss
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """D as it convolves, (out_channels, in_channels, kh, kw), detached."""
+        return self._project()[0]
+
+    def sum_step_gradients(self) -> None:
+        """Hold back the term of ``projection.grad`` that is quadratic in η until :meth:`add_eta_square`.
+
+        All other gradients add up over micro-batches and average over processes; that one needs the δ of the whole
+        step. A loop with one micro-batch and one process need not call this, nor one with η = 0.
+        """
+        quantized, loss = self._project()
+        zeros = (torch.zeros_like(quantized), torch.zeros_like(loss))
+        self._step_sums = (zeros[0].requires_grad_(), zeros[1].requires_grad_())
+
+    @torch.no_grad()
+    def add_eta_square(self) -> None:
+        """Add the term held back to ``projection.grad``, once a step, after unscaling and before the update."""
+        if self._step_sums is None or self.projection.grad is None:
+            return
+        quantized_sum, loss_sum = (total.grad for total in self._step_sums)
+        if quantized_sum is None or loss_sum is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(quantized_sum)
+            torch.distributed.all_reduce(loss_sum)
+        self.projection.grad += eta_square(
+            self.projection, quantized_sum / loss_sum, loss_weight=self.projection_loss_weight, eta=self.eta
+        )
+        for total in self._step_sums:
+            total.grad = None
+
+    def _project(self) -> tuple[Tensor, Tensor]:
+        return project(
+            self.weight,
+            self.projection,
+            levels=self.levels,
+            sigma=self.sigma,
+            loss_weight=self.projection_loss_weight,
+            eta=self.eta,
+            projection_forward=self.projection_forward,
+            step_sums=self._step_sums,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What lives between forward and backward is no part of a copy; graph tensors cannot be copied at all.
+        return {**self.__dict__, "_loss_of_forward": None, "_step_sums": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, projections={self.projections}, "
+            f"levels={self.levels!r}, projection_forward={self.projection_forward!r}"
+        )
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _check_at_least(name: str, value: float, minimum: float) -> None:
+    if not minimum <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {minimum}, but got {value}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}")
