@@ -1,0 +1,227 @@
+"""What all image data modules have in common."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pcnn_lightning.data.augment import crop_and_flip, normalize
+from pcnn_lightning.data.datasets import Augmentation, ImageSet, RawBatch
+from pcnn_lightning.data.sampling import EpochLoader, EpochSampler, Stream, generator, stratified_order
+from pcnn_lightning.errors import InputError
+
+Split = Literal["train", "val", "test"]
+
+_NEEDED = {
+    "fit": ("train_set", "val_set"),
+    "validate": ("val_set",),
+    "test": ("test_set",),
+    "predict": ("predict_set",),
+}
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Labelled images for training, validation, testing and prediction.
+
+    Modules receive ``(images, labels)`` of shapes (B, C, H, W) float32 and (B,) int64, and when predicting only
+    ``images``. Batches are cropped, mirrored and normalised on the device they are used on. Order and augmentation
+    are functions of (seed, epoch, step) alone: neither the number of workers or processes, nor the global random
+    state, nor resuming a run from a checkpoint changes them.
+
+    A new data set is a subclass that names its ``classes`` and ``load``s its splits.
+
+    Args:
+        batch_size: images per batch and process.
+        num_workers: processes that prepare batches; 0 is best for sets held in memory.
+        val_fraction: share of the training images held out for validation, from 0 to below 1; each class is held out
+            in proportion. 0: no validation. Without effect where a set has validation images of its own.
+        train_size: train on so many images only, each class in proportion; None: on all that are not held out.
+        seed: of the split, the order and the augmentation; 0 or more.
+        crop_padding: training images held in memory are padded by so many black pixels, then cut back to their size
+            at random; 0: never.
+        flip: mirror half of the training images left to right.
+        image_size: resize images to this side, in pixels; None: leave them.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    classes: list[str]
+    """Names of the classes, by label."""
+    mean: ClassVar[tuple[float, ...]]
+    """Per channel, of pixels scaled to 0..1; fixed numbers, so that a deployed network can be fed alike."""
+    std: ClassVar[tuple[float, ...]]
+    """Per channel, of pixels scaled to 0..1."""
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        val_fraction: float = 0.1,
+        train_size: int | None = None,
+        seed: int = 0,
+        crop_padding: int = 0,
+        flip: bool = False,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require(batch_size >= 1, "batch_size", batch_size, "1 or more")
+        _require(num_workers >= 0, "num_workers", num_workers, "0 or more")
+        _require(0 <= val_fraction < 1, "val_fraction", val_fraction, "from 0 to below 1")
+        _require(train_size is None or train_size >= 1, "train_size", train_size, "None, or 1 or more")
+        _require(seed >= 0, "seed", seed, "0 or more")
+        _require(crop_padding >= 0, "crop_padding", crop_padding, "0 or more")
+        _require(image_size is None or image_size >= 1, "image_size", image_size, "None, or 1 or more")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.train_size = train_size
+        self.seed = seed
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.image_size = image_size
+        self._mean, self._std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known before any image is read."""
+        return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image: 1 for grey, 3 for RGB."""
+        return len(self.mean)
+
+    @abstractmethod
+    def load(self, split: Split) -> ImageSet | None:
+        """Load a whole split, or return None if this data set comes without it.
+
+        Raises:
+            InputError: the data are missing or broken.
+        """
+
+    def setup(self, stage: str) -> None:
+        """Load what ``stage`` ("fit", "validate", "test" or "predict") needs, unless it is loaded already.
+
+        Raises:
+            InputError: the stage has no images, or they cannot be used.
+        """
+        for name in _NEEDED[stage]:
+            getattr(self, name)  # a cached property loads when it is first read
+        if stage == "validate" and self.val_set is None:
+            raise InputError("There are no validation images: val_fraction is 0 and the data set brings none.")
+
+    @cached_property
+    def train_set(self) -> ImageSet:
+        """The images to train on, with their augmentation."""
+        return self._train_and_val[0]
+
+    @cached_property
+    def val_set(self) -> ImageSet | None:
+        """The images to choose by: the data set's own, or held out of its training images."""
+        return self._train_and_val[1]
+
+    @cached_property
+    def test_set(self) -> ImageSet:
+        """The images to test on, which nothing else looks at."""
+        return self._load("test", "Use `validate` instead, or add test images.")
+
+    @cached_property
+    def predict_set(self) -> ImageSet:
+        """The images to predict for, without labels."""
+        return self.test_set.unlabelled()
+
+    def predict_names(self) -> list[str]:
+        """Name the samples of ``predict_set`` in their order."""
+        return [str(index) for index in range(len(self.predict_set))]
+
+    @cached_property
+    def _train_and_val(self) -> tuple[ImageSet, ImageSet | None]:
+        whole = self._load("train", "Add training images.")
+        val = self.load("val")
+        assert whole.labels is not None
+        order = stratified_order(whole.labels, generator(self.seed, Stream.SPLIT))
+        if val is not None:
+            self._check_labels("val", val)
+        elif self.val_fraction > 0 and len(order) > 1:
+            held_out = min(max(round(self.val_fraction * len(order)), 1), len(order) - 1)
+            val, order = whole.select(order[:held_out]), order[held_out:]
+        if self.train_size is not None:
+            allowed = f"at most {len(order)}, the training images that are left"
+            _require(self.train_size <= len(order), "train_size", self.train_size, allowed)
+            order = order[: self.train_size]
+        train = whole.select(order).augmented(Augmentation(self.seed, self.crop_padding, self.flip))
+        return train, val
+
+    def _load(self, split: Split, advice: str) -> ImageSet:
+        images = self.load(split)
+        if images is None:
+            raise InputError(f"{type(self).__name__} has no {split} images here. {advice}")
+        self._check_labels(split, images)
+        return images
+
+    def _check_labels(self, split: Split, images: ImageSet) -> None:
+        assert images.labels is not None
+        if len(images.labels) != len(images):
+            raise InputError(f"The {split} split has {len(images)} images but {len(images.labels)} labels")
+        for value in (int(images.labels.min()), int(images.labels.max())):
+            if not 0 <= value < self.num_classes:
+                raise InputError(f"The {split} split has the label {value}; allowed are 0 to {self.num_classes - 1}")
+
+    def train_dataloader(self) -> EpochLoader:
+        """Batches of training images, in a new order each epoch."""
+        train = self.train_set
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        # Small last batches make BatchNorm noisy; a set that is smaller than a batch is still to be trained on.
+        drop_last = len(train) // world_size >= self.batch_size
+        sampler = EpochSampler(train, self.seed, world_size, rank, drop_last)
+        return EpochLoader(train, sampler=sampler, drop_last=drop_last, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Batches of validation images; an empty list if there are none, which Lightning takes as "do not validate"."""
+        return [] if self.val_set is None else DataLoader(self.val_set, **self._loader_options())
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of test images."""
+        return DataLoader(self.test_set, **self._loader_options())
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of images to predict for, in the order of :meth:`predict_names`."""
+        return DataLoader(self.predict_set, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": _as_it_is,
+            "generator": torch.Generator(),  # a DataLoader without one draws from the global random state
+        }
+
+    def on_after_batch_transfer(self, batch: RawBatch, dataloader_idx: int) -> tuple[Tensor, Tensor] | Tensor:
+        """Vary and normalise a batch where it is used.
+
+        Returns:
+            Images (B, C, H, W) float32 with their labels (B,) int64, or images alone when there are no labels.
+        """
+        images = batch.images
+        if batch.offsets is not None and batch.flips is not None:
+            images = crop_and_flip(images, batch.offsets, batch.flips, self.crop_padding)
+        if self._mean.device != images.device:  # once, not with every batch
+            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
+        images = normalize(images, self._mean, self._std)
+        return images if batch.labels is None else (images, batch.labels)
+
+
+def _as_it_is(batch: RawBatch) -> RawBatch:
+    return batch
+
+
+def _require(met: bool, argument: str, value: object, allowed: str) -> None:
+    if not met:
+        raise InputError(f"Expected argument `{argument}` to be {allowed}, but got {value!r}")

@@ -1,0 +1,147 @@
+"""Image files: finding them, and turning them into RGB bytes."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from pcnn_lightning.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+
+
+def image_files(folder: Path) -> list[str]:
+    """List the images below a folder, sorted by path; hidden files and other kinds of files are passed over.
+
+    Raises:
+        InputError: there is no such folder, it cannot be read, or it holds no image.
+    """
+    found: list[str] = []
+    for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        found += [
+            os.path.join(directory, name)  # noqa: PTH118  # millions of Path objects would be slow and large
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    if not found:
+        raise InputError(f"{folder} holds no images: expected files ending in {', '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """List the names of a folder's folders, sorted; hidden ones are passed over.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be read.
+    """
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        _refuse_folder(error)
+        raise
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read as a folder: {error.strerror}") from None
+
+
+def decode(file: str) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    Transparency is dropped, palettes are resolved, grey becomes three equal channels and 16-bit grey is scaled to 8.
+    EXIF orientation is left alone, as torchvision does.
+
+    Raises:
+        InputError: the file is missing, unreadable, broken or no image.
+    """
+    try:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no agreed range")
+            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255 instead of scaling
+                pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+                image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+            if "transparency" in image.info:  # spares a warning of Pillow's
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise whatever the broken bytes lead them to
+        raise _unreadable(file, error) from None
+
+
+def image_size(file: str) -> tuple[int, int]:
+    """Read the width and height of an image from its header, in pixels.
+
+    Raises:
+        InputError: the file is missing, unreadable or no image.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: str, error: Exception) -> InputError:
+    if isinstance(error, UnidentifiedImageError):
+        reason = "its bytes are no image of a known kind"  # Pillow's words would repeat the path
+    else:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{file} cannot be read as an image: {reason}. Replace the file or take it out of the folder.")
+
+
+def decode_all(files: Sequence[str], size: tuple[int, int], fit: bool) -> Tensor:
+    """Read images of one size into one tensor.
+
+    Args:
+        files: N paths.
+        size: (W, H) in pixels.
+        fit: bring other images to this size, resizing the shorter side and cutting the longer one around its middle,
+            rather than refuse them.
+
+    Returns:
+        (N, 3, H, W) uint8.
+
+    Raises:
+        InputError: a file cannot be read or has another size; the first such file is named.
+    """
+    width, height = size
+    images = np.empty((len(files), 3, height, width), dtype=np.uint8)
+
+    def fill(start: int) -> None:
+        for position, file in enumerate(files[start : start + 256], start):
+            image = decode(file)
+            if image.size != size:
+                if not fit:
+                    raise different_size(file, image.size, size)
+                image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+            images[position] = to_array(image)
+
+    # Threads, because Pillow lets go of Python's lock while it decodes; 256 files each, for a task has its cost too.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for _ in pool.map(fill, range(0, len(files), 256)):
+                pass  # in order, so that of several broken files the first is reported
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return torch.from_numpy(images)
+
+
+def different_size(file: str, size: tuple[int, int], expected: tuple[int, int]) -> InputError:
+    """The error that a file of another size than the rest deserves."""
+    return InputError(
+        f"{file} has {size[0]}×{size[1]} pixels where the images before it have {expected[0]}×{expected[1]}: "
+        "set image_size to bring all images to one size"
+    )
+
+
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels (3, H, W) of an RGB image."""
+    return np.asarray(image).transpose(2, 0, 1)

@@ -1,0 +1,121 @@
+"""The data sets that torchvision downloads."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torchvision import datasets
+
+from pcnn_lightning.data.augment import resize
+from pcnn_lightning.data.base import ImageDataModule, Split
+from pcnn_lightning.data.datasets import MemoryImages
+from pcnn_lightning.errors import InputError
+
+
+class DownloadedImages(ImageDataModule):
+    """A data set of torchvision's, found in ``root`` or downloaded into it, and held in memory.
+
+    Args:
+        root: folder of data sets.
+        kwargs: see :class:`~pcnn_lightning.data.base.ImageDataModule`.
+    """
+
+    source: ClassVar[Any]
+    """torchvision's class, with ``data``, ``targets`` and arguments ``root``, ``train`` and ``download``."""
+    folder: ClassVar[str]
+    """Where torchvision looks below ``root``."""
+
+    def __init__(self, root: str = "data", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = root
+
+    def prepare_data(self) -> None:
+        """Download the data set unless it is in ``root``.
+
+        Raises:
+            InputError: it is not, and the download failed.
+        """
+        try:
+            self.source(self.root, download=True)
+        except (OSError, RuntimeError) as error:
+            name, place = type(self).__name__, Path(self.root) / self.folder
+            raise InputError(
+                f"{name} is not in {self.root} and could not be downloaded ({_one_line(error)}); "
+                f"put its files into {place}, or say where they are with --data.root"
+            ) from None
+
+    def load(self, split: Split) -> MemoryImages | None:
+        if split == "val":
+            return None
+        try:
+            source = self.source(self.root, train=split == "train")
+        except Exception as error:  # torchvision's readers raise whatever broken bytes lead them to
+            place = Path(self.root) / self.folder
+            raise InputError(f"{type(self).__name__} cannot be read from {place}: {_one_line(error)}") from None
+        images = torch.as_tensor(source.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        return MemoryImages(images=resize(images, self.image_size), labels=torch.as_tensor(source.targets))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class MNIST(DownloadedImages):
+    """70,000 handwritten digits of 28×28 grey pixels (LeCun et al., 1998), 10,000 of them for testing."""
+
+    source = datasets.MNIST
+    folder = "MNIST/raw"
+    classes = [str(digit) for digit in range(10)]
+    mean = (0.1307,)
+    std = (0.3081,)
+
+    def __init__(self, root: str = "data", crop_padding: int = 2, **kwargs: Any) -> None:
+        super().__init__(root=root, crop_padding=crop_padding, **kwargs)
+
+
+class FashionMNIST(DownloadedImages):
+    """70,000 pieces of clothing of 28×28 grey pixels (Xiao et al., 2017), 10,000 of them for testing."""
+
+    source = datasets.FashionMNIST
+    folder = "FashionMNIST/raw"
+    classes = datasets.FashionMNIST.classes
+    mean = (0.2860,)
+    std = (0.3530,)
+
+    def __init__(self, root: str = "data", crop_padding: int = 2, **kwargs: Any) -> None:
+        super().__init__(root=root, crop_padding=crop_padding, **kwargs)
+
+
+class CIFAR10(DownloadedImages):
+    """60,000 photographs of 32×32 RGB pixels in 10 classes (Krizhevsky, 2009), 10,000 of them for testing."""
+
+    source = datasets.CIFAR10
+    folder = "cifar-10-batches-py"
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+
+    def __init__(self, root: str = "data", crop_padding: int = 4, flip: bool = True, **kwargs: Any) -> None:
+        super().__init__(root=root, crop_padding=crop_padding, flip=flip, **kwargs)
+
+
+class CIFAR100(DownloadedImages):
+    """60,000 photographs of 32×32 RGB pixels in 100 classes (Krizhevsky, 2009), 10,000 of them for testing."""
+
+    source = datasets.CIFAR100
+    folder = "cifar-100-python"
+    classes = (  # noqa: SIM905  # two hundred quotation marks would not make it clearer
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+        "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal "
+        "shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank "
+        "telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+    ).split()
+    mean = (0.5071, 0.4865, 0.4409)
+    std = (0.2673, 0.2564, 0.2762)
+
+    def __init__(self, root: str = "data", crop_padding: int = 4, flip: bool = True, **kwargs: Any) -> None:
+        super().__init__(root=root, crop_padding=crop_padding, flip=flip, **kwargs)

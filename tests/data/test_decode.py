@@ -1,0 +1,159 @@
+"""Image files of all kinds, whole and broken, against Pillow and against numbers known beforehand."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from made_images import random_image
+from PIL import Image
+
+from pcnn_lightning.data.decode import decode, decode_all, image_files, image_size
+from pcnn_lightning.errors import InputError
+
+RGB = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [120, 130, 140]]], dtype=np.uint8)
+GREY = np.array([[0, 1], [128, 255]], dtype=np.uint8)
+
+
+def decoded(image: Image.Image, file, **options) -> np.ndarray:
+    image.save(file, **options)
+    result = decode(str(file))
+    assert result.mode == "RGB"
+    return np.asarray(result)
+
+
+@pytest.mark.parametrize("suffix", ["png", "PNG", "bmp", "tif", "ppm", "webp"])
+def test_lossless_rgb(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    assert np.array_equal(decoded(Image.fromarray(RGB), tmp_path / f"a.{suffix}", **options), RGB)
+
+
+def test_a_jpeg_equals_pillows_own_decoding(tmp_path):
+    file = tmp_path / "a.JPEG"
+    random_image(np.random.default_rng(0), 32, 24).save(file, format="JPEG")
+    pixels = np.asarray(Image.open(file))
+    assert np.array_equal(np.asarray(decode(str(file))), pixels)
+    (tensor,) = decode_all([str(file)], (32, 24), fit=False)
+    assert tensor.dtype == torch.uint8
+    assert np.array_equal(tensor.permute(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "file"),
+    [
+        (GREY, "grey.png"),
+        (GREY > 100, "black-and-white.png"),
+        (GREY.astype(np.uint16) * 257, "16 bits.png"),
+        (GREY.astype(np.uint16) * 257, "16 bits.tif"),
+        (GREY.astype(np.int32) * 257, "32 bits.tif"),
+    ],
+)
+def test_grey_becomes_three_equal_channels_and_is_scaled_to_8_bits(tmp_path, pixels, file):
+    expected = np.where(pixels, 255, 0) if pixels.dtype == bool else GREY
+    result = decoded(Image.fromarray(pixels), tmp_path / file)
+    assert np.array_equal(result, np.stack([expected] * 3, -1))
+
+
+def test_16_bits_are_rounded_and_not_clipped(tmp_path):
+    pixels = np.array([[300, 1000], [32768, 65535]], dtype=np.uint16)
+    result = decoded(Image.fromarray(pixels), tmp_path / "a.png")
+    assert np.array_equal(result[:, :, 0], np.rint(pixels / 257))
+
+
+def test_transparency_is_dropped_and_palettes_are_resolved(tmp_path):
+    rgba = np.concatenate([RGB, np.full((2, 2, 1), 255, np.uint8)], -1)
+    assert np.array_equal(decoded(Image.fromarray(rgba), tmp_path / "rgba.png"), RGB)
+    palette = Image.fromarray(RGB).quantize(4)
+    assert np.array_equal(decoded(palette, tmp_path / "palette.png"), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(decoded(palette, tmp_path / "transparent.png", transparency=b"\x00\xff"), RGB)
+    assert np.array_equal(decoded(palette, tmp_path / "a.gif"), RGB)
+
+
+def test_cmyk(tmp_path):
+    cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    assert np.abs(decoded(cmyk, tmp_path / "a.jpg").astype(int) - [0, 255, 255]).max() <= 3
+
+
+def broken_png() -> bytes:
+    data = io.BytesIO()
+    random_image(np.random.default_rng(0), 32, 32).save(data, format="PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", broken_png()[:60], broken_png()[:-200], broken_png()[:200] + b"\0" * 3000]
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_broken_files_are_named(tmp_path, content, suffix):
+    file = tmp_path / f"broken é.{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"broken é\.{suffix} cannot be read as an image: .+Replace the file"
+    ) as caught:
+        decode(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_jpeg_is_refused(tmp_path):
+    file = tmp_path / "a.jpg"
+    random_image(np.random.default_rng(0), 64, 64).save(file)
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(InputError, match="truncated"):
+        decode(str(file))
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="floating-point"):
+        decode(str(tmp_path / "a.tif"))
+
+
+@pytest.mark.parametrize("read", [decode, image_size])
+def test_missing_and_unreadable_files_are_named(tmp_path, read):
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"gone\.png cannot be read as an image: No such file"):
+        read(str(tmp_path / "gone.png"))
+    if os.geteuid() != 0:  # root reads everything
+        (tmp_path / "locked.png").write_bytes(b"")
+        (tmp_path / "locked.png").chmod(0)
+        with pytest.raises(InputError, match=r"locked\.png cannot be read as an image: Permission denied"):
+            read(str(tmp_path / "locked.png"))
+
+
+def test_image_files_are_found_sorted_at_any_depth_and_others_passed_over(tmp_path):
+    wanted = ["Größe 1.JPG", "a/b/c.png", "z.Tiff"]
+    others = [".hidden.png", "._z.png", ".thumbnails/t.png", "Thumbs.db", ".DS_Store", "notes.txt", "png"]
+    for name in wanted + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert image_files(tmp_path) == [str(tmp_path / name) for name in wanted]
+
+
+def test_folders_without_images_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("")
+    with pytest.raises(InputError, match=r"empty holds no images: expected files ending in \.jpg"):
+        image_files(tmp_path / "empty")
+    with pytest.raises(InputError, match="nowhere cannot be read as a folder: No such file"):
+        image_files(tmp_path / "nowhere")
+
+
+def test_decode_all_keeps_the_order_and_fits_sizes(tmp_path):
+    files = []
+    for number in range(600):
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (4, 2), (number % 256, number // 256, 0)).save(files[-1])
+    images = decode_all(files, (4, 2), fit=False)
+    assert images.shape == (600, 3, 2, 4)
+    assert images[:, 0, 0, 0].tolist() == [number % 256 for number in range(600)]
+    assert images[:, 1, 1, 3].tolist() == [number // 256 for number in range(600)]
+    assert torch.equal(decode_all(files[:3], (3, 3), fit=True), images[:3, :, :1, :1].expand(-1, -1, 3, 3))
+
+
+def test_decode_all_names_the_first_file_that_differs(tmp_path):
+    files = [str(tmp_path / f"{number}.png") for number in range(4)]
+    for file, size in zip(files, [(4, 2), (4, 2), (5, 6), (7, 7)], strict=True):
+        Image.new("RGB", size).save(file)
+    with pytest.raises(InputError, match=r"2\.png has 5×6 pixels .* have 4×2: set image_size"):
+        decode_all(files, (4, 2), fit=False)

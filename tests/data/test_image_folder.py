@@ -1,0 +1,169 @@
+"""ImageFolder, in memory and from disk."""
+
+import numpy as np
+import pytest
+import torch
+from made_images import make_folder
+from PIL import Image
+
+from pcnn_lightning.data import ImageFolder, folder
+from pcnn_lightning.data.datasets import MemoryImages
+from pcnn_lightning.data.disk import DiskImages
+from pcnn_lightning.errors import InputError
+
+TWO = {"cat": 6, "dog": 4}
+
+
+def pixels(file) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_splits_classes_and_labels(tmp_path, in_memory):
+    root = make_folder(tmp_path / "Bilder é", {"train": TWO, "val": {"cat": 1, "dog": 2}, "test": {"cat": 2, "dog": 1}})
+    data = ImageFolder(str(root), image_size=8, in_memory=in_memory, val_fraction=0.5)
+    assert (data.classes, data.num_classes, data.in_channels) == (["cat", "dog"], 2, 3)
+    data.setup("fit")
+    data.setup("test")
+    assert isinstance(data.train_set, MemoryImages if in_memory else DiskImages)
+    assert sorted(data.train_set.labels.tolist()) == [0] * 6 + [1] * 4, "val/ exists, so nothing is held out"
+    assert data.val_set.labels.tolist() == [0, 1, 1]
+    assert data.test_set.labels.tolist() == [0, 0, 1]
+    batch = data.test_set.__getitems__([2, 0])
+    assert batch.images.dtype == torch.uint8
+    if in_memory:
+        assert torch.equal(batch.images[0], pixels(root / "test/dog/000.png"))
+        assert torch.equal(batch.images[1], pixels(root / "test/cat/000.png"))
+
+
+def test_without_val_a_part_of_train_is_held_out(tmp_path):
+    root = make_folder(tmp_path, {"train": {"cat": 10, "dog": 20}, "test": TWO})
+    data = ImageFolder(str(root), val_fraction=0.1)
+    assert data.val_set.labels.bincount().tolist() == [1, 2]
+    assert data.train_set.labels.bincount().tolist() == [9, 18]
+    assert not set(data.val_set.indices.tolist()) & set(data.train_set.indices.tolist())
+
+
+def test_single_image_classes(tmp_path):
+    data = ImageFolder(str(make_folder(tmp_path, {"train": {"a": 1, "b": 1}})), batch_size=4)
+    assert len(data.train_set) == len(data.val_set) == 1
+    assert len(list(data.train_dataloader())) == 1
+    alone = ImageFolder(str(make_folder(tmp_path / "alone", {"train": {"a": 1}})))
+    assert len(alone.train_set) == 1
+    assert alone.val_dataloader() == []
+
+
+def test_it_is_decided_once_for_all_splits_whether_memory_holds_the_images(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, {"train": TWO, "test": TWO})
+    assert isinstance(ImageFolder(str(root)).test_set, MemoryImages)
+    assert isinstance(ImageFolder(str(root), in_memory=False).test_set, DiskImages)
+    monkeypatch.setattr(folder, "MEMORY_LIMIT", 20 * 3 * 8 * 8 - 1)
+    assert isinstance(ImageFolder(str(root)).test_set, DiskImages)
+    assert isinstance(ImageFolder(str(root), image_size=4).test_set, MemoryImages)
+    assert isinstance(ImageFolder(str(root), in_memory=True).test_set, MemoryImages)
+
+
+def test_sizes_that_differ(tmp_path):
+    root = make_folder(tmp_path, {"train": TWO, "test": TWO})
+    Image.new("RGB", (9, 5)).save(root / "test/dog/001.png")
+    data = ImageFolder(str(root))
+    assert data.test_set.size == 224
+    assert data.test_set.__getitems__([0]).images.shape == (1, 3, 224, 224)
+    assert isinstance(ImageFolder(str(root), image_size=6).test_set, MemoryImages)
+    with pytest.raises(InputError, match=r"dog.001\.png has 9×5 pixels .* have 8×8: set image_size"):
+        ImageFolder(str(root), in_memory=True).setup("test")
+
+
+def test_from_disk_evaluation_takes_the_middle(tmp_path):
+    root = make_folder(tmp_path, {"test": {"a": 1}}, size=(60, 40))
+    images = ImageFolder(str(root), in_memory=False, image_size=28).test_set.__getitems__([0]).images
+    expected = Image.open(root / "test/a/000.png").resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
+    assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(expected))
+
+
+def test_from_disk_training_depends_on_seed_epoch_and_sample_alone(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 6, "b": 6}}, size=(20, 30))
+
+    def images_of(epoch: int, **options):
+        torch.manual_seed(epoch)
+        before = torch.get_rng_state()
+        data = ImageFolder(str(root), in_memory=False, image_size=16, batch_size=4, val_fraction=0, **options)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+    (images, labels), (again, labels_again) = images_of(3), images_of(3, num_workers=2)
+    assert images.shape == (12, 3, 16, 16)
+    assert torch.equal(images, again)
+    assert torch.equal(labels, labels_again)
+    assert not torch.equal(images, images_of(4)[0])
+    assert not torch.equal(images, images_of(3, seed=1)[0])
+    assert not torch.equal(images, images_of(3, flip=False)[0])
+
+
+def test_prediction_for_the_test_split_and_for_any_folder(tmp_path):
+    root = make_folder(tmp_path / "root", {"train": TWO, "test": {"cat": 1, "dog": 2}})
+    data = ImageFolder(str(root), batch_size=2)
+    assert data.predict_names() == ["cat/000.png", "dog/000.png", "dog/001.png"]
+    batches = list(data.predict_dataloader())
+    assert [batch.labels for batch in batches] == [None, None]
+    assert data.on_after_batch_transfer(batches[0], 0).shape == (2, 3, 8, 8)
+    elsewhere = make_folder(tmp_path / "anywhere", {"2024": {"May": 2}, "": {"loose": 1}})
+    Image.new("L", (8, 8)).save(elsewhere / "Straße 1.JPG")
+    data = ImageFolder(str(root), predict_dir=str(elsewhere))
+    assert data.predict_names() == ["2024/May/000.png", "2024/May/001.png", "Straße 1.JPG", "loose/000.png"]
+    assert len(data.predict_set) == 4
+    assert torch.equal(data.predict_set.__getitems__([3]).images[0], pixels(elsewhere / "loose/000.png"))
+
+
+def test_prediction_without_any_images(tmp_path):
+    root = make_folder(tmp_path / "root", {"train": TWO})
+    with pytest.raises(InputError, match="no test images"):
+        ImageFolder(str(root)).setup("predict")
+    with pytest.raises(InputError, match="nowhere cannot be read as a folder"):
+        ImageFolder(str(root), predict_dir=str(tmp_path / "nowhere")).setup("predict")
+
+
+def test_stages_without_images(tmp_path):
+    root = make_folder(tmp_path / "train only", {"train": TWO})
+    data = ImageFolder(str(root), val_fraction=0)
+    with pytest.raises(InputError, match=r"no test images here\. Use `validate` instead, or add test images"):
+        data.test_dataloader()
+    with pytest.raises(InputError, match="val_fraction is 0"):
+        data.setup("validate")
+    root = make_folder(tmp_path / "test only", {"test": TWO})
+    with pytest.raises(InputError, match="no train images"):
+        ImageFolder(str(root)).setup("fit")
+
+
+def test_folders_that_are_laid_out_otherwise(tmp_path):
+    for root in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=rf"{root} has no folder train, val or test: expected .*<class>"):
+            ImageFolder(str(root))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(InputError, match="train has no class folders"):
+        ImageFolder(str(tmp_path))
+
+
+def test_classes_that_differ_between_splits(tmp_path):
+    root = make_folder(tmp_path, {"train": {"cat": 1, "dog": 1}, "test": {"cat": 1, "frog": 1, "owl": 1}})
+    with pytest.raises(InputError, match=r"test and .*train must have the same .*missing dog; extra frog, owl"):
+        ImageFolder(str(root))
+
+
+def test_an_empty_class(tmp_path):
+    root = make_folder(tmp_path, {"train": {"cat": 1, "dog": 0}})
+    with pytest.raises(InputError, match="dog holds no images"):
+        ImageFolder(str(root)).setup("fit")
+
+
+@pytest.mark.parametrize("options", [{}, {"in_memory": True}, {"in_memory": False}, {"image_size": 4}])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_file_is_named(tmp_path, options, num_workers):
+    root = make_folder(tmp_path, {"train": TWO})
+    (root / "train/dog/broken.png").write_bytes((root / "train/dog/000.png").read_bytes()[:100])
+    data = ImageFolder(str(root), val_fraction=0, num_workers=num_workers, **options)
+    with pytest.raises(InputError, match=r"broken\.png cannot be read as an image"):
+        list(data.train_dataloader())
