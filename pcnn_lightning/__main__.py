@@ -1,0 +1,3 @@
+from pcnn_lightning.cli import main
+
+main()

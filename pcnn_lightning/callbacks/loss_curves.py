@@ -1,0 +1,95 @@
+"""Cross-entropy, projection (or filter) loss and center loss of a run, side by side."""
+
+import csv
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+
+LOSSES = {  # Okabe and Ito's colours, which colour-blind readers can tell apart
+    "cross_entropy": ("cross-entropy", "#0072B2"),
+    "projection_loss": ("projection loss", "#D55E00"),
+    "filter_loss": ("filter loss", "#D55E00"),
+    "center_loss": ("center loss", "#009E73"),
+}
+TAGS = re.compile(rf"^(train|val)/({'|'.join(LOSSES)})$")
+
+
+class LossCurves(Callback):
+    """Record the losses of every epoch: one chart in TensorBoard, ``losses.csv`` and ``losses.png`` at the end.
+
+    In TensorBoard the chart is under "Custom scalars". The files go to the folder of the run's logs, also when the
+    run is broken off. A resumed run continues its curves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_custom_scalars({"training": {"losses": ["Multiline", [TAGS.pattern]]}})
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if TAGS.match(name)}
+        self.epochs.append({"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **values})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = state_dict["epochs"]
+
+    def _write(self, trainer: Trainer) -> None:
+        if not self.epochs or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = list(dict.fromkeys(name for epoch in self.epochs for name in epoch))
+        with (folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.epochs)
+        draw_losses(self.epochs).savefig(folder / "losses.png")
+
+
+def draw_losses(epochs: list[dict[str, Any]]) -> Figure:
+    """Losses against epochs, training solid and validation dashed, with a line where the stage changes.
+
+    Args:
+        epochs: rows with ``epoch``, ``stage`` and values named as in the logs, such as ``train/cross_entropy``.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for loss, (label, colour) in LOSSES.items():
+        for split, dash, what in (("train", "-", "training"), ("val", "--", "validation")):
+            points = [(row["epoch"], row[name]) for row in epochs if row.get(name := f"{split}/{loss}") is not None]
+            if points and not (split == "val" and loss in ("projection_loss", "filter_loss")):
+                axes.plot(*zip(*points, strict=True), dash, color=colour, linewidth=1.5, label=f"{label}, {what}")
+    for before, after in pairwise(epochs):
+        if before["stage"] != after["stage"]:
+            axes.axvline(after["epoch"] - 0.5, color="0.4", linewidth=1, linestyle=":")
+            axes.annotate(
+                f" {after['stage']}",
+                (after["epoch"] - 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                color="0.3",
+                xytext=(2, -4),
+                textcoords="offset points",
+            )
+    axes.set(xlabel="epoch", ylabel="loss (nats; penalties as weighted)", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -1,0 +1,48 @@
+"""What ``predict`` leaves behind."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write a CSV with a line per image: its file or index, the predicted label and that label's probability.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: str = "predictions.csv") -> None:
+        super().__init__("epoch")
+        self.path = Path(path)
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        indices = [index for batch in batch_indices[0] for index in batch]
+        labels = [label for batch in predictions for label in batch["label"].tolist()]
+        probabilities = [value for batch in predictions for value in batch["probability"].tolist()]
+        rows = list(zip(indices, labels, probabilities, strict=True))
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = sorted(row for share in shares for row in share)
+        if trainer.is_global_zero:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            names, classes = data.predict_names(), data.classes
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["image", "label", "probability"])
+                for index, label, probability in rows:
+                    writer.writerow([names[index], classes[label], f"{probability:.6f}"])
+            print(f"{len(rows)} predictions in {self.path}")

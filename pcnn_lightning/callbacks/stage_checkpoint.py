@@ -1,0 +1,92 @@
+"""The best checkpoint of each stage, and a record of how good it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+RECORD = "stages.json"
+
+
+class StageCheckpoint(ModelCheckpoint):
+    """Keep ``ternary.ckpt`` and ``binary.ckpt``, the best epoch of each stage, beside ``last.ckpt`` and a record.
+
+    The record, ``stages.json``, holds for each stage the best value of ``monitor``, its epoch and its file, and is
+    printed when training ends. Without validation data the latest epoch of a stage counts as its best.
+
+    Args:
+        dirpath: folder of the checkpoints. Fixed, so that a later process finds them by ``--ckpt_path last`` or
+            ``--ckpt_path best``. What another run has left there is not overwritten but numbered around.
+        monitor: the metric that decides.
+        mode: whether ``max`` or ``min`` of it is best.
+        save_last: whether to write ``last.ckpt`` after every epoch.
+    """
+
+    def __init__(
+        self, dirpath: str, monitor: str = "val/accuracy", mode: str = "max", save_last: bool = True, **others: Any
+    ) -> None:
+        super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_last=save_last, **others)
+        self.stages: dict[str, dict[str, Any]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not sum(trainer.num_val_batches):
+            self.monitor = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.filename = str(pl_module.stage)
+        super().on_train_epoch_end(trainer, pl_module)
+        self._note(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.filename = str(pl_module.stage)
+        super().on_validation_end(trainer, pl_module)
+        self._note(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero and self.stages:
+            print(f"\n{self.table()}")
+
+    def table(self) -> str:
+        """Best accuracy and epoch of each stage, a line a stage."""
+        rows = [("stage", f"best {self.monitor or 'is the last'}", "epoch", "checkpoint")]
+        for stage, best in self.stages.items():
+            value = "" if best["value"] is None else f"{best['value']:.4f}"
+            rows.append((stage, value, str(best["epoch"]), best["checkpoint"]))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def best_checkpoint(self) -> str | None:
+        """Best checkpoint of the last stage on record in ``dirpath``, by this or an earlier process."""
+        record = Path(str(self.dirpath)) / RECORD
+        if not record.is_file():
+            return None
+        stages = json.loads(record.read_text(encoding="utf-8"))
+        return str(record.parent / list(stages.values())[-1]["checkpoint"]) if stages else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "stages": self.stages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.stages = state_dict["stages"]
+
+    def _note(self, trainer: Trainer) -> None:
+        if not self.best_model_path or trainer.sanity_checking:
+            return
+        value = None if self.best_model_score is None else float(self.best_model_score)
+        known = self.stages.get(str(self.filename))
+        if known is not None and value is not None and known["value"] == value:
+            return
+        name = Path(self.best_model_path).name
+        self.stages[str(self.filename)] = {"value": value, "epoch": trainer.current_epoch, "checkpoint": name}
+        if trainer.is_global_zero:
+            record = Path(str(self.dirpath)) / RECORD
+            unfinished = record.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
+            unfinished.replace(record)

@@ -1,0 +1,85 @@
+"""The schedule of progressive optimisation: ternary kernels first, binary ones after."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from pcnn_lightning.errors import InputError
+
+
+class StageSwitch(Callback):
+    """Turn a ternary network into a binary one between two epochs of a run (Algorithm 3).
+
+    The module owns the stage, saves and restores it; this callback only says when it ends. At the switch the kernels
+    stay as they are, W is kept or drawn anew (the module's ``reinit_projection``), the optimizer forgets its momentum,
+    both learning rates begin anew, and "best" is forgotten, so that the best checkpoint of the run is a binary one.
+
+    Args:
+        epoch: the first binary epoch; the ternary schedules are laid over the epochs before it.
+        patience: switch earlier, once ``monitor`` has not risen for this many validations; None never does.
+        monitor: the metric to watch, the higher the better.
+
+    Raises:
+        ValueError: if ``epoch`` or ``patience`` is not positive.
+        InputError: when training starts, if the run cannot begin ternary and end binary.
+    """
+
+    def __init__(self, epoch: int, patience: int | None = None, monitor: str = "val/accuracy") -> None:
+        super().__init__()
+        if epoch < 1:
+            raise ValueError(f"epoch must be at least 1 (for binary kernels from the start, omit StageSwitch): {epoch}")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1 validation or null, but got {patience}")
+        self.epoch, self.patience, self.monitor = epoch, patience, monitor
+        self.best = float("-inf")
+        self.validations_since_best = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0 and pl_module.stage != "ternary":
+            raise InputError(f"StageSwitch needs a model with stage: ternary, but the model's is {pl_module.stage}")
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.epoch and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                f"StageSwitch at epoch {self.epoch} leaves no binary epoch: trainer.max_epochs is {trainer.max_epochs}"
+            )
+        if pl_module.stage == "ternary":
+            pl_module.stage_end = self.epoch  # type: ignore[assignment]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stalled = self.patience is not None and self.validations_since_best >= self.patience
+        if pl_module.stage == "ternary" and (trainer.current_epoch >= self.epoch or stalled):
+            pl_module.begin_stage("binary", trainer.current_epoch)  # type: ignore[operator]
+            forget_best(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.patience is None or trainer.sanity_checking or pl_module.stage != "ternary":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise InputError(f"StageSwitch cannot watch {self.monitor}, which is not logged; there is {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value > self.best:
+            self.best, self.validations_since_best = value, 0
+        else:
+            self.validations_since_best += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "validations_since_best": self.validations_since_best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.validations_since_best = state_dict["best"], state_dict["validations_since_best"]
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Make checkpoints and early stopping look for a best anew. Files already written stay."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint):
+            callback.best_model_score = None
+            callback.best_model_path = ""
+            callback.best_k_models = {}
+            callback.kth_best_model_path = ""
+            callback.kth_value = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+        elif isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))

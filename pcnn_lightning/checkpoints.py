@@ -1,0 +1,44 @@
+"""Reading checkpoints, and saying in one line what is wrong with one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcnn_lightning.errors import InputError
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running any code that it may hold.
+
+    Raises:
+        InputError: if there is no such file or it is no complete checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"{path} is not a complete checkpoint ({type(error).__name__}: {reason})") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise InputError(f"{path} is not a checkpoint of a Lightning module: it has no state_dict")
+    return checkpoint
+
+
+def check_same_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Compare the tensors of a model and a checkpoint.
+
+    Raises:
+        InputError: names the first of those that are missing, not expected, or of another shape.
+    """
+    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    differences += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
+    differences += [
+        f"{name} is {tuple(found[name].shape)} in the checkpoint and {tuple(expected[name].shape)} in the model"
+        for name in expected.keys() & found.keys()
+        if found[name].shape != expected[name].shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise InputError(f"the checkpoint does not fit the model: {'; '.join(sorted(differences)[:3])}{more}")

@@ -1,0 +1,143 @@
+"""The command line: ``python -m pcnn_lightning fit --config configs/digits.yaml``."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import pcnn_lightning
+from pcnn_lightning import data  # noqa: F401  (makes its classes known to the parser by their short names)
+from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint
+from pcnn_lightning.checkpoints import load_checkpoint
+from pcnn_lightning.errors import DivergedError, InputError
+from pcnn_lightning.modules import OneBitClassifier
+
+LINKED = ("num_classes", "in_channels")
+"""What a model is told by its data."""
+
+
+class OneBitTrainer(Trainer):
+    """Lightning's Trainer, whose methods are the subcommands."""
+
+    def predict(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str,
+        output: str = "predictions.csv",
+    ) -> None:
+        """Predict the label of each image and write a CSV of image, label and probability.
+
+        Args:
+            model: The model to predict with.
+            datamodule: The images: its test set, or ``ImageFolder``'s ``predict_dir``.
+            ckpt_path: The checkpoint to take the weights from: a path, ``best`` or ``last``.
+            output: The CSV file to write.
+        """
+        self.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+        super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
+
+
+class OneBitCLI(LightningCLI):
+    """LightningCLI with the model's shape linked to the data, and checkpoints read as the first layer of the config."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list) and (path := _checkpoint_argument(given)):
+            checkpoint = load_checkpoint(path)
+            hparams = checkpoint.get("hyper_parameters", {})
+            chosen = {key: hparams[key] for key in hparams if key not in LINKED and not key.startswith("_")}
+            family = checkpoint.get("one_bit", {}).get("family")
+            if family is None:
+                raise InputError(f"{path} was not written by pcnn_lightning")
+            layer = {"model": {"class_path": f"pcnn_lightning.{family}", "init_args": chosen}}
+            args = [given[0], "--config", json.dumps(layer), *given[1:]]
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Done by :meth:`parse_arguments`; Lightning's own would overrule the user."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise InputError(str(error)) from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
+        if kwargs["ckpt_path"] is None and subcommand != "fit":
+            raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
+        return kwargs
+
+
+def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
+    """The file behind ``--ckpt_path``, which may be ``best`` or ``last`` of the folder that the config names.
+
+    Raises:
+        InputError: if there is none, rather than train from the start without a word.
+    """
+    if path not in ("best", "last"):
+        return path
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    folders = [Path(callback.dirpath) for callback in callbacks if callback.dirpath]
+    if path == "last":
+        found = [file for folder in folders for file in folder.glob("last*.ckpt")]
+        found.sort(key=lambda file: file.stat().st_mtime)
+    else:
+        best = [callback.best_checkpoint() for callback in callbacks if isinstance(callback, StageCheckpoint)]
+        found = [Path(file) for file in best if file is not None]
+    if not found:
+        where = ", ".join(map(str, folders)) or "a folder: set dirpath of StageCheckpoint"
+        raise InputError(f"--ckpt_path {path}: there is no such checkpoint in {where}")
+    return str(found[-1])
+
+
+def main(args: ArgsType = None) -> OneBitCLI:
+    """Run the command line; what the user can mend ends in one line and exit status 2, a diverged run in 1."""
+    strict = {"allow_abbrev": False}
+    try:
+        return OneBitCLI(
+            OneBitClassifier,
+            LightningDataModule,
+            trainer_class=OneBitTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "pcnn_lightning",
+                "version": pcnn_lightning.__version__,
+                "description": "Train 1-bit convolutional networks.",
+                **dict.fromkeys(("fit", "validate", "test", "predict"), strict),
+            },
+            args=args,
+        )
+    except (InputError, DivergedError, MisconfigurationException) as error:
+        if "PCNN_LIGHTNING_TRACEBACK" in os.environ:
+            raise
+        # A loader's worker sends its traceback along; the message is what follows the error's name.
+        message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
+        print(f"pcnn_lightning: error: {message}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, DivergedError) else 2)
+
+
+def _checkpoint_argument(args: list[str]) -> str | None:
+    """The file given as ``--ckpt_path FILE`` or ``--ckpt_path=FILE``, if any."""
+    for argument, following in zip(args, [*args[1:], ""], strict=True):
+        if argument == "--ckpt_path" or argument.startswith("--ckpt_path="):
+            path = argument.partition("=")[2] or following
+            return None if path in ("best", "last", "null") else path
+    return None

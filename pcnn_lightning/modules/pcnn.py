@@ -1,0 +1,135 @@
+"""Projection convolutional networks."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pcnn_lightning.backbones import build_backbone
+from pcnn_lightning.functional import ProjectionForward, SignGradient
+from pcnn_lightning.layers import ProjectionConv2d, ProjectionInit, SignActivation
+from pcnn_lightning.modules.classifier import OneBitClassifier
+
+
+class PCNN(OneBitClassifier):
+    """A projection convolutional network (Gu et al., AAAI 2019), ternary or binary, and its training.
+
+    The total loss is cross-entropy + projection loss + center loss (3.61). All other keyword arguments are those of
+    :class:`OneBitClassifier`.
+
+    Args:
+        in_channels: channels of the images.
+        backbone: a name in ``pcnn_lightning.backbones.BACKBONES``.
+        stages: kernel stages: maps of the stem and of each stage; None takes the backbone's own.
+        projections: J, projections per layer and channels per map.
+        stage: the first stage: ``ternary`` (to be switched to binary by ``StageSwitch``) or ``binary``.
+        full_precision: the reference: the same blocks with ordinary convolutions and no sign.
+        sigma: σ of the ternary threshold, in units of mean|C|.
+        projection_loss_weight: λ.
+        eta: η of the projection loss (3.42).
+        projection_forward: ``full`` or ``mean``: how much of W_j quantises; None: full for J > 1, mean for J = 1.
+        projection_init: ``normal``, ``signs``, ``near_one`` or ``ones``: how W is drawn.
+        reinit_projection: whether W is drawn anew where the binary stage starts from ternary kernels.
+        activation_gradient: ``clip`` or ``polynomial``: pseudo-gradient of the sign of activations.
+
+    Raises:
+        ValueError: names the argument that is wrong, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        backbone: str = "wrn22",
+        stages: list[int] | None = None,
+        projections: int = 4,
+        stage: Literal["ternary", "binary"] = "binary",
+        full_precision: bool = False,
+        sigma: float = 0.7,
+        projection_loss_weight: float = 1e-4,
+        eta: float = 0.0,
+        projection_forward: ProjectionForward | None = None,
+        projection_init: ProjectionInit = "normal",
+        reinit_projection: bool = False,
+        activation_gradient: SignGradient = "clip",
+        **loop: Any,
+    ) -> None:
+        super().__init__(**loop)
+        convolution = partial(
+            ProjectionConv2d,
+            projections=projections,
+            sigma=sigma,
+            projection_loss_weight=projection_loss_weight,
+            eta=eta,
+            projection_forward=projection_forward,
+            projection_init=projection_init,
+        )
+        net = build_backbone(
+            backbone,
+            self.hparams["num_classes"],
+            in_channels,
+            partial(nn.Conv2d, bias=False) if full_precision else convolution,
+            nn.Identity if full_precision else partial(SignActivation, activation_gradient),
+            stages=stages,
+            planes=projections,
+        )
+        self.use_network(net)
+        self.set_stage("full_precision" if full_precision else stage)
+        # Drawn once a run and kept in its checkpoints, so that a resumed run draws the same W at the switch.
+        self.projection_seed = int(torch.randint(2**31, ()))
+
+    @property
+    def projection_layers(self) -> list[ProjectionConv2d]:
+        """The projection convolutions, from input to output."""
+        return [layer for layer in self.net.modules() if isinstance(layer, ProjectionConv2d)]
+
+    def penalty(self) -> Tensor:
+        """The projection loss (3.42) of all layers, weighted with λ."""
+        losses = [layer.projection_loss() for layer in self.projection_layers]
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        return [layer.projection for layer in self.projection_layers]
+
+    def set_stage(self, stage: str) -> None:
+        super().set_stage(stage)
+        for layer in self.projection_layers:
+            layer.levels = stage  # type: ignore[assignment]
+
+    def begin_stage(self, stage: str, epoch: int) -> None:
+        super().begin_stage(stage, epoch)
+        if self.hparams["reinit_projection"]:
+            self._redraw_projections()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.hparams["eta"] > 0 and (self.hparams["accumulate"] > 1 or self.trainer.world_size > 1):
+            for layer in self.projection_layers:
+                layer.sum_step_gradients()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for layer in self.projection_layers:
+            layer.add_eta_square()
+        super().on_before_optimizer_step(optimizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["one_bit"]["projection_seed"] = self.projection_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.projection_seed = checkpoint["one_bit"]["projection_seed"]
+
+    def _start_from(self, path: str) -> None:
+        super()._start_from(path)
+        if self.hparams["reinit_projection"]:
+            self._redraw_projections()
+
+    def _redraw_projections(self) -> None:
+        # One seed for all processes, whatever each of them has drawn so far.
+        self.projection_seed = self.trainer.strategy.broadcast(self.projection_seed)
+        generator = torch.Generator().manual_seed(self.projection_seed)
+        for layer in self.projection_layers:
+            layer.reset_projection(generator)
