@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from pcnn_lightning.modules import OneBitClassifier
 
 LINKED = ("num_classes", "in_channels")
 """What a model is told by its data."""
+
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",  # lightning 2.6 with newer torch
+    r".*does not have many workers",  # images in memory need none
+    r".*smaller than the logging interval",  # what is logged here is logged by epoch
+    r".*callbacks used to create the checkpoint",  # testing needs no callbacks of training
+    r"Checkpoint directory .* exists and is not empty",  # files of other runs are not overwritten
+)
+"""Warnings that a user can do nothing about, or need not."""
 
 
 class OneBitTrainer(Trainer):
@@ -52,18 +62,14 @@ class OneBitCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
-        given = sys.argv[1:] if args is None else args
-        if isinstance(given, list) and (path := _checkpoint_argument(given)):
-            checkpoint = load_checkpoint(path)
-            hparams = checkpoint.get("hyper_parameters", {})
-            chosen = {key: hparams[key] for key in hparams if key not in LINKED and not key.startswith("_")}
-            family = checkpoint.get("one_bit", {}).get("family")
-            if family is None:
-                raise InputError(f"{path} was not written by pcnn_lightning")
-            layer = {"model": {"class_path": f"pcnn_lightning.{family}", "init_args": chosen}}
-            args = [given[0], "--config", json.dumps(layer), *given[1:]]
-        super().parse_arguments(parser, args)
+        given: Any = sys.argv[1:] if args is None else args
+        path = _checkpoint_argument(given) if isinstance(given, list) else None
+        if path is None:
+            super().parse_arguments(parser, args)
+        else:
+            # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
+            subcommand, *rest = given
+            self.config = parser.parse_args([subcommand, "--config", _model_config(path), *rest])
 
     def _parse_ckpt_path(self) -> None:
         """Done by :meth:`parse_arguments`; Lightning's own would overrule the user."""
@@ -107,6 +113,8 @@ def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
 def main(args: ArgsType = None) -> OneBitCLI:
     """Run the command line; what the user can mend ends in one line and exit status 2, a diverged run in 1."""
     strict = {"allow_abbrev": False}
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
     try:
         return OneBitCLI(
             OneBitClassifier,
@@ -132,6 +140,20 @@ def main(args: ArgsType = None) -> OneBitCLI:
         message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
         print(f"pcnn_lightning: error: {message}", file=sys.stderr)
         sys.exit(1 if isinstance(error, DivergedError) else 2)
+
+
+def _model_config(path: str) -> str:
+    """The model that a checkpoint holds, as a configuration in JSON."""
+    checkpoint = load_checkpoint(path)
+    family = checkpoint.get("one_bit", {}).get("family")
+    if family is None:
+        raise InputError(f"{path} was not written by pcnn_lightning")
+    hparams = {
+        name: value
+        for name, value in checkpoint.get("hyper_parameters", {}).items()
+        if name not in LINKED and not name.startswith("_")
+    }
+    return json.dumps({"model": {"class_path": f"pcnn_lightning.{family}", "init_args": hparams}})
 
 
 def _checkpoint_argument(args: list[str]) -> str | None:

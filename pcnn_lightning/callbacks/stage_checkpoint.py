@@ -29,6 +29,7 @@ class StageCheckpoint(ModelCheckpoint):
     ) -> None:
         super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_last=save_last, **others)
         self.stages: dict[str, dict[str, Any]] = {}
+        self._epoch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -36,14 +37,14 @@ class StageCheckpoint(ModelCheckpoint):
             self.monitor = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.filename = str(pl_module.stage)
+        self.filename, self._epoch = str(pl_module.stage), trainer.current_epoch
         super().on_train_epoch_end(trainer, pl_module)
-        self._note(trainer)
+        self._write_record(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.filename = str(pl_module.stage)
+        self.filename, self._epoch = str(pl_module.stage), trainer.current_epoch
         super().on_validation_end(trainer, pl_module)
-        self._note(trainer)
+        self._write_record(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -70,22 +71,25 @@ class StageCheckpoint(ModelCheckpoint):
         return str(record.parent / list(stages.values())[-1]["checkpoint"]) if stages else None
 
     def state_dict(self) -> dict[str, Any]:
+        self._note()  # a checkpoint is written before the hooks above come back, and knows of itself
         return {**super().state_dict(), "stages": self.stages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.stages = state_dict["stages"]
 
-    def _note(self, trainer: Trainer) -> None:
-        if not self.best_model_path or trainer.sanity_checking:
+    def _note(self) -> None:
+        if not self.best_model_path:
             return
         value = None if self.best_model_score is None else float(self.best_model_score)
         known = self.stages.get(str(self.filename))
-        if known is not None and value is not None and known["value"] == value:
-            return
-        name = Path(self.best_model_path).name
-        self.stages[str(self.filename)] = {"value": value, "epoch": trainer.current_epoch, "checkpoint": name}
-        if trainer.is_global_zero:
+        if known is None or value is None or known["value"] != value:
+            name = Path(self.best_model_path).name
+            self.stages[str(self.filename)] = {"value": value, "epoch": self._epoch, "checkpoint": name}
+
+    def _write_record(self, trainer: Trainer) -> None:
+        self._note()
+        if self.stages and trainer.is_global_zero:
             record = Path(str(self.dirpath)) / RECORD
             unfinished = record.with_suffix(".tmp")
             unfinished.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
