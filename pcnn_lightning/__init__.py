@@ -1,12 +1,24 @@
 """Train 1-bit convolutional networks in PyTorch Lightning."""
 
-from pcnn_lightning.callbacks import LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
-from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
-from pcnn_lightning.layers import ProjectionConv2d, SignActivation
-from pcnn_lightning.losses import CenterLoss
-from pcnn_lightning.modules import PCNN
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pcnn_lightning.callbacks import LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
+    from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
+    from pcnn_lightning.layers import ProjectionConv2d, SignActivation
+    from pcnn_lightning.losses import CenterLoss
+    from pcnn_lightning.modules import PCNN
 
 __version__ = "0.1.0.dev0"
+
+_ROOMS = {
+    "callbacks": ("LossCurves", "PredictionWriter", "StageCheckpoint", "StageSwitch"),
+    "data": ("CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageFolder"),
+    "layers": ("ProjectionConv2d", "SignActivation"),
+    "losses": ("CenterLoss",),
+    "modules": ("PCNN",),
+}
 
 __all__ = [
     "CIFAR10",
@@ -24,3 +36,11 @@ __all__ = [
     "StageCheckpoint",
     "StageSwitch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Found when first asked for, so that whoever wants only the layers does not wait for Lightning to be imported.
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Layers of 1-bit networks: thin modules over :mod:`pcnn_lightning.functional`, usable in any training loop."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,7 +63,8 @@ class ProjectionConv2d(nn.Module):
         levels: ``"binary"`` or ``"ternary"``; may be assigned at any time.
         sigma: σ; a ternary layer sets to zero what is at most σ * mean|C|.
         projection_loss_weight: λ of :meth:`projection_loss`.
-        eta: η of 3.42. With η > 0 a layer is to be called once in each forward pass.
+        eta: η of 3.42. With η > 0 a layer is to be called once in each forward pass, and not under reentrant
+            activation checkpointing.
         projection_forward: whether all of W_j (``"full"``) or its mean (``"mean"``) quantises. With the mean, the J
             kernels of a binary layer are equal up to sign. Default: full for J > 1, mean for J = 1.
         projection_init: W ~ N(0, 1) (``"normal"``), ±1 (``"signs"``), N(1, 0.1) (``"near_one"``) or 1 (``"ones"``).
@@ -94,17 +96,23 @@ class ProjectionConv2d(nn.Module):
         projection_init: ProjectionInit = "normal",
     ) -> None:
         super().__init__()
-        kernel_size = _pair(kernel_size)
-        _check_at_least("in_channels", in_channels, 1)
-        _check_at_least("out_channels", out_channels, 1)
-        _check_at_least("kernel_size", min(kernel_size), 1)
-        _check_at_least("projections", projections, 1)
+        kernel_size = _pair("kernel_size", kernel_size, 1)
+        stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+        if isinstance(padding, str):
+            _check_choice("padding", padding, ("valid", "same"))
+            if padding == "same" and stride != (1, 1):
+                raise ValueError(f"padding 'same' needs stride 1, but got stride {stride}")
+        else:
+            padding = _pair("padding", padding, 0)
+        for name, count in (("in_channels", in_channels), ("out_channels", out_channels), ("projections", projections)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, but got {count!r}")
         if out_channels % projections:
             raise ValueError(f"projections must divide out_channels={out_channels}, but got {projections}")
         if groups != 1:
             raise ValueError(f"groups must be 1 (grouped projection convolutions are not supported), but got {groups}")
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma must be a positive number, but got {sigma}")
+        if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
+            raise ValueError(f"sigma must be a positive number, but got {sigma!r}")
         _check_at_least("projection_loss_weight", projection_loss_weight, 0)
         _check_at_least("eta", eta, 0)
         if projection_forward is None:
@@ -115,13 +123,13 @@ class ProjectionConv2d(nn.Module):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.projections, self.sigma, self.eta = projections, sigma, eta
+        self._loss_of_forward: Tensor | None = None
+        self._step_sums: tuple[Tensor, Tensor] | None = None
         self.levels = levels
         self.projection_loss_weight = projection_loss_weight
         self.projection_forward, self.projection_init = projection_forward, projection_init
         self.weight = nn.Parameter(torch.empty(out_channels // projections, in_channels, *kernel_size))
         self.projection = nn.Parameter(torch.empty(projections, *kernel_size))
-        self._loss_of_forward: Tensor | None = None
-        self._step_sums: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @property
@@ -133,6 +141,11 @@ class ProjectionConv2d(nn.Module):
     def levels(self, levels: Levels) -> None:
         _check_choice("levels", levels, get_args(Levels))
         self._levels: Levels = levels
+        self._loss_of_forward = None  # it was of other levels
+
+    def train(self, mode: bool = True) -> "ProjectionConv2d":
+        self._loss_of_forward = None  # nobody asked for it; do not keep its graph
+        return super().train(mode)
 
     def reset_parameters(self) -> None:
         """Draw C (He et al., for the fan-in of the kernels that convolve) and W anew."""
@@ -180,8 +193,10 @@ class ProjectionConv2d(nn.Module):
         After a forward pass in training mode it belongs to that pass (once: it is handed out and forgotten);
         otherwise it is computed from C and W as they are.
         """
+        if self._loss_of_forward is None or not torch.is_grad_enabled():
+            return self._project()[1]
         loss, self._loss_of_forward = self._loss_of_forward, None
-        return self._project()[1] if loss is None or not torch.is_grad_enabled() else loss
+        return loss
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
@@ -201,19 +216,21 @@ class ProjectionConv2d(nn.Module):
     @torch.no_grad()
     def add_eta_square(self) -> None:
         """Add the term held back to ``projection.grad``, once a step, after unscaling and before the update."""
-        if self._step_sums is None or self.projection.grad is None:
+        if self._step_sums is None:
             return
         quantized_sum, loss_sum = (total.grad for total in self._step_sums)
-        if quantized_sum is None or loss_sum is None:
+        for total in self._step_sums:
+            total.grad = None
+        if quantized_sum is None or loss_sum is None or self.projection.grad is None:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(quantized_sum)
             torch.distributed.all_reduce(loss_sum)
+        # Where L_P took no part in the loss (a sum of zero) there is no such term.
+        delta = torch.where(loss_sum == 0, 0.0, quantized_sum / loss_sum)
         self.projection.grad += eta_square(
-            self.projection, quantized_sum / loss_sum, loss_weight=self.projection_loss_weight, eta=self.eta
+            self.projection, delta, loss_weight=self.projection_loss_weight, eta=self.eta
         )
-        for total in self._step_sums:
-            total.grad = None
 
     def _project(self) -> tuple[Tensor, Tensor]:
         return project(
@@ -239,13 +256,16 @@ class ProjectionConv2d(nn.Module):
         )
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(item, int) and item >= minimum for item in pair):
+        raise ValueError(f"{name} must be an integer of at least {minimum} or a pair of them, but got {value!r}")
+    return (pair[0], pair[1])
 
 
 def _check_at_least(name: str, value: float, minimum: float) -> None:
-    if not minimum <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least {minimum}, but got {value}")
+    if not isinstance(value, (int, float)) or not minimum <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {minimum}, but got {value!r}")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

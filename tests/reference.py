@@ -1,0 +1,101 @@
+"""The equations of PCNN a second time: float64, slow, one projection at a time, and nothing from the package.
+
+Written from the equations of the method (3.42-3.59), so that the tests compare two independent readings of them.
+"""
+
+import datetime
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor
+
+torch.set_num_threads(1)  # tensors this small gain nothing from threads that wait for each other on a busy machine
+
+
+def sign(x: Tensor) -> Tensor:
+    """Sign with sign(0) = +1."""
+    signs = torch.ones_like(x)
+    signs[x < 0] = -1
+    return signs
+
+
+def quantize(
+    weight: Tensor, projection: Tensor, *, levels: str = "binary", sigma: float = 0.7, projection_forward: str = "full"
+) -> Tensor:
+    """D of shape (O * J, in, kh, kw), kernel by kernel: ``D[o * J + j] = Ĉ_j[o]`` (3.28, 3.57-3.59)."""
+    weight, projection = weight.detach().double(), projection.detach().double()
+    originals, matrices = len(weight), len(projection)
+    scale = weight.abs().mean()
+    quantized = torch.empty(originals * matrices, *weight.shape[1:], dtype=torch.float64)
+    for o, j in itertools.product(range(originals), range(matrices)):
+        matrix = projection[j].mean() if projection_forward == "mean" else projection[j]
+        product = matrix * weight[o]
+        if levels == "binary":
+            kernel = scale * sign(product)
+        else:
+            kernel = sigma * scale * sign(product)
+            kernel[product.abs() <= sigma * scale] = 0
+        quantized[o * matrices + j] = kernel
+    return quantized
+
+
+def projection_loss(weight: Tensor, projection: Tensor, quantized: Tensor, loss_weight: float) -> float:
+    """λ/2 Σ_j ‖Ĉ_j - W̃_j ∘ C‖² (3.42 with η = 0), summed one kernel at a time."""
+    weight, projection = weight.detach().double(), projection.detach().double()
+    total, matrices = 0.0, len(projection)
+    for o, j in itertools.product(range(len(weight)), range(matrices)):
+        total += (quantized[o * matrices + j] - projection[j] * weight[o]).square().sum().item()
+    return loss_weight / 2 * total
+
+
+def gradients(
+    weight: Tensor, projection: Tensor, quantized: Tensor, delta: Tensor, *, loss_weight: float, eta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂C (3.49) and ∂L/∂W (3.53) from D and δ, the task loss's gradient by D, both (O * J, in, kh, kw)."""
+    weight, projection = weight.detach().double(), projection.detach().double()
+    by_weight, by_projection = torch.zeros_like(weight), torch.zeros_like(projection)
+    matrices = len(projection)
+    for j in range(matrices):
+        delta_j, quantized_j = delta[j::matrices], quantized[j::matrices]
+        ahead = weight + eta * delta_j
+        residual = projection[j] * ahead - quantized_j
+        indicator = ((projection[j] * weight).abs() <= 1).double()
+        by_weight += delta_j * indicator * projection[j] + loss_weight * residual * projection[j]
+        by_projection[j] = (delta_j * indicator * weight + loss_weight * residual * ahead).sum(dim=(0, 1))
+    return by_weight, by_projection
+
+
+def task_gradient(task: Callable[[Tensor], Tensor], x: Tensor, quantized: Tensor, **convolution: object) -> Tensor:
+    """δ: the gradient of ``task(conv2d(x, D))`` by D, by autograd through an ordinary convolution."""
+    leaf = quantized.clone().requires_grad_()
+    (delta,) = torch.autograd.grad(task(F.conv2d(x.detach().double(), leaf, **convolution)), leaf)
+    return delta
+
+
+def on_two_processes(
+    worker: Callable[..., dict[str, Tensor]], folder: Path, *arguments: object
+) -> list[dict[str, Tensor]]:
+    """What ``worker(rank, *arguments)`` returns on each of two processes joined by gloo."""
+    torch.multiprocessing.spawn(_join, args=(worker, str(folder), arguments), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def _join(rank: int, worker: Callable[..., dict[str, Tensor]], folder: str, arguments: tuple[object, ...]) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(minutes=1),
+    )
+    try:
+        torch.save(worker(rank, *arguments), Path(folder) / f"rank{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
