@@ -190,5 +190,6 @@ class _Project(torch.autograd.Function):
             grad_weight = (task + pull * looked_ahead) * matrices
             ahead_only = residual if ctx.sums_wanted else looked_ahead
             per_kernel = task * kernels + pull * (looked_ahead * kernels + ahead_only * ahead)
-        sums = (grad_quantized, grad_loss) if ctx.sums_wanted else (None, None)
+        # Copies: the loss's gradient shares its memory with other layers' (an expanded sum), and is added to in place.
+        sums = (grad_quantized.clone(), grad_loss.clone()) if ctx.sums_wanted else (None, None)
         return grad_weight.sum(dim=1), per_kernel.sum(dim=(0, 2)), *sums, None

@@ -122,7 +122,8 @@ class OneBitClassifier(LightningModule):
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self._bad_step: Tensor | None = None
+        self._bad_step: Tensor | None = None  # the first step whose loss was no number, on the device
+        self._divergence: str | None = None  # what is said of it
 
     # What a family fills in.
 
@@ -214,13 +215,13 @@ class OneBitClassifier(LightningModule):
             losses["center_loss"] = center_loss(features, labels) * (size * self.trainer.world_size)
         loss = torch.stack(list(losses.values())).sum()
 
+        self._watch(loss)
         last = position == size - 1
         with nullcontext() if last else self._no_sync():
             self.manual_backward(loss / size)
         if last:
             self._step()
 
-        self._watch(loss)
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite()
         self.train_accuracy.update(logits, labels)
@@ -389,9 +390,11 @@ class OneBitClassifier(LightningModule):
             self._diverged(f"the loss became NaN or infinite at step {int(step)}")
 
     def _diverged(self, what: str) -> None:
-        callback = self.trainer.checkpoint_callback
-        kept = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        raise DivergedError(
-            f"{what} (epoch {self.current_epoch}, {self.stage} stage). Lower eta1 (now {self.hparams['eta1']}) or "
-            f"eta2 ({self.hparams['eta2']}), or set gradient_clip. Last good checkpoint: {kept or 'none yet'}"
-        )
+        if self._divergence is None:
+            callback = self.trainer.checkpoint_callback
+            kept = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+            self._divergence = (
+                f"{what} (epoch {self.current_epoch}, {self.stage} stage). Lower eta1 (now {self.hparams['eta1']}) or "
+                f"eta2 ({self.hparams['eta2']}), or set gradient_clip. Last good checkpoint: {kept or 'none yet'}"
+            )
+        raise DivergedError(self._divergence)  # again, if a callback then tries to save what is left

@@ -1,0 +1,28 @@
+"""A network, data and a run that take a second."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from pcnn_lightning import PCNN, Digits
+
+
+def tiny_pcnn(**arguments: Any) -> PCNN:
+    defaults = {"in_channels": 1, "backbone": "wrn7", "stages": [2, 2, 2, 2], "projections": 2, "schedule": "constant"}
+    return PCNN(**{**defaults, "eta1": 0.05, "eta2": 0.01, **arguments})
+
+
+def tiny_digits(**arguments: Any) -> Digits:
+    return Digits(**{"batch_size": 16, "image_size": 8, "train_size": 64, **arguments})
+
+
+def tiny_trainer(**arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 1, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(**{**defaults, **quiet, "num_sanity_val_steps": 0, **arguments})
+
+
+def fit(model: PCNN, data: Digits | None = None, ckpt_path: str | None = None, **trainer: Any) -> Trainer:
+    runner = tiny_trainer(**trainer)
+    runner.fit(model, datamodule=data or tiny_digits(), ckpt_path=ckpt_path)
+    return runner
