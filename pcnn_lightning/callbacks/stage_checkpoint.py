@@ -79,7 +79,7 @@ class StageCheckpoint(ModelCheckpoint):
         self.stages = state_dict["stages"]
 
     def _note(self) -> None:
-        if not self.best_model_path:
+        if not self.best_model_path or self.filename is None:  # nothing new since this process began
             return
         value = None if self.best_model_score is None else float(self.best_model_score)
         known = self.stages.get(str(self.filename))

@@ -17,7 +17,8 @@ class StageSwitch(Callback):
     both learning rates begin anew, and "best" is forgotten, so that the best checkpoint of the run is a binary one.
 
     Args:
-        epoch: the first binary epoch; the ternary schedules are laid over the epochs before it.
+        epoch: the first binary epoch, or, below 1, its place as a share of ``max_epochs``. The ternary schedules are
+            laid over the epochs before it.
         patience: switch earlier, once ``monitor`` has not risen for this many validations; None never does.
         monitor: the metric to watch, the higher the better.
 
@@ -26,10 +27,10 @@ class StageSwitch(Callback):
         InputError: when training starts, if the run cannot begin ternary and end binary.
     """
 
-    def __init__(self, epoch: int, patience: int | None = None, monitor: str = "val/accuracy") -> None:
+    def __init__(self, epoch: float, patience: int | None = None, monitor: str = "val/accuracy") -> None:
         super().__init__()
-        if epoch < 1:
-            raise ValueError(f"epoch must be at least 1 (for binary kernels from the start, omit StageSwitch): {epoch}")
+        if epoch <= 0 or (epoch > 1 and epoch != int(epoch)):
+            raise ValueError(f"epoch must be a share in (0, 1) or a positive whole number, but got {epoch}")
         if patience is not None and patience < 1:
             raise ValueError(f"patience must be at least 1 validation or null, but got {patience}")
         self.epoch, self.patience, self.monitor = epoch, patience, monitor
@@ -39,16 +40,20 @@ class StageSwitch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and pl_module.stage != "ternary":
             raise InputError(f"StageSwitch needs a model with stage: ternary, but the model's is {pl_module.stage}")
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.epoch and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        if epochs < 0 and self.epoch < 1:
+            raise InputError(f"StageSwitch at a share of the run ({self.epoch}) needs trainer.max_epochs to be set")
+        self.first_binary_epoch = max(1, round(self.epoch * epochs)) if self.epoch < 1 else int(self.epoch)
+        if 0 <= epochs <= self.first_binary_epoch and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
-                f"StageSwitch at epoch {self.epoch} leaves no binary epoch: trainer.max_epochs is {trainer.max_epochs}"
+                f"StageSwitch at epoch {self.first_binary_epoch} leaves no binary epoch: trainer.max_epochs is {epochs}"
             )
         if pl_module.stage == "ternary":
-            pl_module.stage_end = self.epoch  # type: ignore[assignment]
+            pl_module.stage_end = self.first_binary_epoch  # type: ignore[assignment]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stalled = self.patience is not None and self.validations_since_best >= self.patience
-        if pl_module.stage == "ternary" and (trainer.current_epoch >= self.epoch or stalled):
+        if pl_module.stage == "ternary" and (trainer.current_epoch >= self.first_binary_epoch or stalled):
             pl_module.begin_stage("binary", trainer.current_epoch)  # type: ignore[operator]
             forget_best(trainer)
 

@@ -1,0 +1,272 @@
+import csv
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
+
+from pcnn_lightning import PCNN, LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
+from pcnn_lightning.callbacks.loss_curves import draw_losses
+from pcnn_lightning.errors import InputError
+
+PROGRESSIVE = {"stage": "ternary", "schedule": "cosine", "projection_loss_weight": 1e-3, "center_loss_weight": 1e-3}
+
+
+class Record(Callback):
+    """What the network is at the start of each epoch, after the switch if there is one."""
+
+    def __init__(self):
+        self.stages, self.weights, self.momenta, self.first_rates = [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.stages.append(pl_module.stage)
+            self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+            self.momenta.append(len(trainer.optimizers[0].state))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            self.first_rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Still(Callback):
+    """The end of each epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+# The switch.
+
+
+@pytest.mark.parametrize("reinit", [False, True])
+def test_the_switch_keeps_c_and_begins_anew(reinit):
+    record, ends = Record(), Still()
+    model = tiny_pcnn(**PROGRESSIVE, reinit_projection=reinit)
+    fit(model, max_epochs=4, callbacks=[StageSwitch(2), record, ends])
+    assert record.stages == ["ternary", "ternary", "binary", "binary"]
+    for name, before in ends.weights[1].items():
+        redrawn = reinit and name.endswith(".projection")
+        assert torch.equal(before, record.weights[2][name]) != redrawn, name
+    assert record.momenta == [0, len(list(model.parameters())), 0, len(list(model.parameters()))]
+    half = 0.5 * 0.05 * (1 + math.cos(math.pi / 2))
+    assert record.first_rates == pytest.approx([0.05, half, 0.05, half])
+    for layer in model.projection_layers:
+        assert len(layer.quantized_weight().unique()) == 2
+
+
+@pytest.mark.parametrize(("share", "max_epochs", "ternary"), [(0.4, 5, 2), (0.5, 2, 1), (0.1, 3, 1)])
+def test_the_switch_may_be_a_share_of_the_run(share, max_epochs, ternary):
+    record = Record()
+    fit(tiny_pcnn(**PROGRESSIVE), max_epochs=max_epochs, callbacks=[StageSwitch(share), record], limit_train_batches=1)
+    assert record.stages == ["ternary"] * ternary + ["binary"] * (max_epochs - ternary)
+
+
+def test_the_first_forward_after_the_switch_is_binary():
+    values = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            layer = pl_module.projection_layers[0]
+            layer.register_forward_hook(lambda layer, *_: values.append(len(layer.quantized_weight().unique())))
+
+    fit(tiny_pcnn(**PROGRESSIVE), max_epochs=2, callbacks=[StageSwitch(1), Look()], limit_val_batches=0)
+    assert values == [3] * 4 + [2] * 4
+
+
+def test_a_plateau_switches_early():
+    record = Record()
+    model = tiny_pcnn(stage="ternary", eta1=0.0, eta2=0.0)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 0.0  # nothing learns, so validation accuracy stands still
+    fit(model, max_epochs=6, callbacks=[StageSwitch(5, patience=2), record])
+    assert record.stages == ["ternary"] * 3 + ["binary"] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "switch", "message"),
+    [
+        ({"stage": "binary"}, StageSwitch(1), "stage: ternary, but the model's is binary"),
+        ({"full_precision": True}, StageSwitch(1), "the model's is full_precision"),
+        ({"stage": "ternary"}, StageSwitch(3), "epoch 3 leaves no binary epoch: trainer.max_epochs is 3"),
+        ({"stage": "ternary"}, StageSwitch(0.9), "epoch 3 leaves no binary epoch"),
+        ({"stage": "ternary"}, StageSwitch(2, patience=1, monitor="val/top"), "cannot watch val/top"),
+    ],
+)
+def test_a_switch_that_cannot_be_is_refused(model, switch, message):
+    with pytest.raises(InputError, match=message):
+        fit(tiny_pcnn(**model), max_epochs=3, callbacks=[switch])
+
+
+def test_wrong_arguments_of_the_switch_are_named():
+    for epoch in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"a share in \(0, 1\) or a positive whole number, but got {epoch}"):
+            StageSwitch(epoch)
+    with pytest.raises(ValueError, match="patience must be at least 1"):
+        StageSwitch(1, patience=0)
+
+
+class Decline(Callback):
+    """Log an accuracy that is best in the ternary stage."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/declining", 1.0 - 0.1 * trainer.current_epoch)
+
+
+def test_best_is_a_binary_epoch_though_a_ternary_one_was_better(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/declining", mode="max", filename="{epoch}")
+    stopping = EarlyStopping("val/declining", mode="max", patience=2)
+    callbacks = [Decline(), StageSwitch(2), checkpoint, stopping]
+    trainer = fit(tiny_pcnn(**PROGRESSIVE), max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
+    assert checkpoint.best_model_path.endswith("epoch=2.ckpt")
+    assert float(checkpoint.best_model_score) == pytest.approx(0.8)
+    assert PCNN.load_from_checkpoint(checkpoint.best_model_path).stage == "binary"
+    assert trainer.current_epoch == 4, "early stopping forgot nothing"
+
+
+# Resuming.
+
+
+class Stop(Callback):
+    """End a run as if it were killed after so many batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.batches:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("reinit", [False, True])
+@pytest.mark.parametrize("batches", [2, 4, 5, 8, 10, 12, 13])  # 4 an epoch; the switch lies at 8
+def test_a_resumed_run_ends_bit_equal(tmp_path, batches, reinit):
+    def callbacks(folder):
+        every = ModelCheckpoint(tmp_path / folder, "step", every_n_train_steps=1, enable_version_counter=False)
+        return [StageSwitch(2), LossCurves(), StageCheckpoint(str(tmp_path / folder)), every]
+
+    def run(folder, *more, **arguments):
+        torch.manual_seed(arguments.pop("seed", 0))
+        model, used = tiny_pcnn(**PROGRESSIVE, reinit_projection=reinit), callbacks(folder)
+        data = tiny_digits(crop_padding=1)
+        fit(model, data, max_epochs=4, callbacks=[*used, *more], enable_checkpointing=True, **arguments)
+        return model, used
+
+    whole, first = run("whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run("parts", Stop(batches))
+    between_epochs = batches % 4 == 0
+    file = "last.ckpt" if between_epochs else "step.ckpt"
+    resumed, second = run("parts", seed=1, ckpt_path=str(tmp_path / "parts" / file))
+    assert resumed.stage == "binary"
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert [row["stage"] for row in second[1].epochs] == ["ternary", "ternary", "binary", "binary"]
+    if between_epochs:  # otherwise the means of the epoch that was broken off lack its first batches
+        assert second[1].epochs == first[1].epochs
+    assert second[2].stages == first[2].stages
+
+
+# What is recorded.
+
+
+def test_each_stage_leaves_its_best_checkpoint_and_a_record(tmp_path, capsys):
+    class Watch(Callback):
+        def __init__(self):
+            self.accuracies = {}
+
+        def on_validation_end(self, trainer, pl_module):
+            value = float(trainer.callback_metrics["val/accuracy"])
+            self.accuracies.setdefault(pl_module.stage, {})[trainer.current_epoch] = value
+
+    watch = Watch()
+    callbacks = [StageSwitch(3), StageCheckpoint(str(tmp_path)), watch]
+    fit(tiny_pcnn(**PROGRESSIVE, eta1=0.2), max_epochs=6, callbacks=callbacks, enable_checkpointing=True)
+    record = json.loads((tmp_path / "stages.json").read_text())
+    printed = capsys.readouterr().out
+    assert list(record) == ["ternary", "binary"]
+    for stage, best in record.items():
+        assert best["value"] == max(watch.accuracies[stage].values())
+        assert watch.accuracies[stage][best["epoch"]] == best["value"]
+        assert PCNN.load_from_checkpoint(tmp_path / best["checkpoint"]).stage == stage
+        assert torch.load(tmp_path / best["checkpoint"], weights_only=True)["epoch"] == best["epoch"]
+        assert f"{best['value']:.4f}" in printed
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_without_validation_data_the_latest_epoch_is_kept(tmp_path):
+    callbacks = [StageSwitch(2), StageCheckpoint(str(tmp_path))]
+    fit(
+        tiny_pcnn(**PROGRESSIVE),
+        tiny_digits(val_fraction=0.0),
+        max_epochs=4,
+        callbacks=callbacks,
+        enable_checkpointing=True,
+    )
+    record = json.loads((tmp_path / "stages.json").read_text())
+    assert [(stage, best["epoch"]) for stage, best in record.items()] == [("ternary", 1), ("binary", 3)]
+
+
+def test_loss_curves_are_in_tensorboard_a_table_and_a_picture(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(tiny_pcnn(**PROGRESSIVE), max_epochs=3, callbacks=[StageSwitch(2), LossCurves()], logger=logger)
+    losses = ("cross_entropy", "projection_loss", "center_loss")
+    names = {f"{split}/{loss}" for split in ("train", "val") for loss in losses}
+
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert names <= set(events.Tags()["scalars"])
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode()
+    assert "projection_loss" in layout
+    assert "cross_entropy" in layout
+
+    with open(f"{logger.log_dir}/losses.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["ternary", "ternary", "binary"]
+    for name in names:
+        scalars = [event.value for event in events.Scalars(name)]
+        assert [float(row[name]) for row in rows] == pytest.approx(scalars)
+    with open(f"{logger.log_dir}/losses.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_loss_curves_survive_a_broken_run(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tiny_pcnn(), max_epochs=3, callbacks=[LossCurves(), Stop(6)], logger=logger)
+    with open(f"{logger.log_dir}/losses.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1
+
+
+def test_the_picture_marks_the_switch():
+    rows = [
+        {"epoch": epoch, "stage": stage, "train/cross_entropy": 1.0, "val/cross_entropy": 1.1, "train/center_loss": 0.1}
+        for epoch, stage in enumerate(["ternary", "ternary", "binary"])
+    ]
+    axes = draw_losses(rows).axes[0]
+    assert [text.get_text().strip() for text in axes.texts] == ["binary"]
+    assert axes.texts[0].xy[0] == 1.5
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["cross-entropy, training", "cross-entropy, validation", "center loss, training"]
+
+
+def test_predictions_are_written_in_order(tmp_path):
+    model, data = tiny_pcnn(), tiny_digits()
+    fit(model, data)
+    tiny_trainer(callbacks=[PredictionWriter(str(tmp_path / "new" / "p.csv"))]).predict(model, datamodule=data)
+    with (tmp_path / "new" / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    images, _ = zip(*(data.on_after_batch_transfer(raw, 0) for raw in data.test_dataloader()), strict=True)
+    with torch.no_grad():
+        probabilities, labels = model.eval()(torch.cat(images)).softmax(1).max(1)
+    assert [row["image"] for row in rows] == [str(index) for index in range(len(labels))]
+    assert [row["label"] for row in rows] == [data.classes[label] for label in labels]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities.tolist(), abs=1e-5)
