@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,13 +229,13 @@ def test_loss_curves_are_in_tensorboard_a_table_and_a_picture(tmp_path):
     assert "projection_loss" in layout
     assert "cross_entropy" in layout
 
-    with open(f"{logger.log_dir}/losses.csv", newline="") as file:
+    with Path(logger.log_dir, "losses.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["stage"] for row in rows] == ["ternary", "ternary", "binary"]
     for name in names:
         scalars = [event.value for event in events.Scalars(name)]
         assert [float(row[name]) for row in rows] == pytest.approx(scalars)
-    with open(f"{logger.log_dir}/losses.png", "rb") as file:
+    with Path(logger.log_dir, "losses.png").open("rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
@@ -242,7 +243,7 @@ def test_loss_curves_survive_a_broken_run(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run")
     with pytest.raises(RuntimeError, match="killed"):
         fit(tiny_pcnn(), max_epochs=3, callbacks=[LossCurves(), Stop(6)], logger=logger)
-    with open(f"{logger.log_dir}/losses.csv", newline="") as file:
+    with Path(logger.log_dir, "losses.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 1
 
 

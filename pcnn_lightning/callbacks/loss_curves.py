@@ -31,6 +31,8 @@ class LossCurves(Callback):
         self.epochs: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Asked for here, by all processes, because it is broadcast: at an exception they are no longer in step.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars({"training": {"losses": ["Multiline", [TAGS.pattern]]}})
@@ -54,14 +56,13 @@ class LossCurves(Callback):
     def _write(self, trainer: Trainer) -> None:
         if not self.epochs or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         names = list(dict.fromkeys(name for epoch in self.epochs for name in epoch))
-        with (folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
+        with (self._folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.epochs)
-        draw_losses(self.epochs).savefig(folder / "losses.png")
+        draw_losses(self.epochs).savefig(self._folder / "losses.png")
 
 
 def draw_losses(epochs: list[dict[str, Any]]) -> Figure:

@@ -1,0 +1,75 @@
+"""Two gloo processes with half the batch each against one with the whole batch."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny import tiny_digits, tiny_pcnn, tiny_trainer
+from torch import nn
+from torch.nn import functional as F
+
+from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
+
+
+class KeepWeights(Callback):
+    """Each process writes the weights it ended with."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), Path(self.folder, f"rank{trainer.global_rank}.pt"))
+
+
+def frozen_norm(layer, x):
+    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=False)
+
+
+def train(folder: str, processes: int, accumulate: int = 1) -> None:
+    torch.manual_seed(0)
+    model = tiny_pcnn(
+        stage="ternary",
+        reinit_projection=True,
+        eta=0.3,
+        projection_loss_weight=0.1,
+        center_loss_weight=0.01,
+        accumulate=accumulate,
+        schedule="cosine",
+    ).double()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # SyncBatchNorm needs GPUs
+            layer.forward = partial(frozen_norm, layer)
+    data = tiny_digits(batch_size=16 // processes // accumulate, crop_padding=1)
+    normalised = data.on_after_batch_transfer
+    data.on_after_batch_transfer = lambda batch, index: [
+        part.double() if part.is_floating_point() else part for part in normalised(batch, index)
+    ]
+    callbacks = [StageSwitch(2), LossCurves(), StageCheckpoint(folder), KeepWeights(folder)]
+    several = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
+    tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several).fit(model, datamodule=data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_follow_one_over_the_switch(tmp_path, accumulate):
+    results = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, __file__, str(folder), str(processes), str(accumulate)]
+        subprocess.run(command, check=True, timeout=300, cwd=tmp_path)
+        results[processes] = [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+    (whole,), (first, second) = results[1], results[2]
+    for name, value in whole.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(
+            first[name], value, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

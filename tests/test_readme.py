@@ -1,0 +1,51 @@
+"""The README's commands: the two that begin with a virtual environment are run by .ci/run, the others here."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pcnn_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", README, flags=re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+OURS = [line for line in LINES if re.match(r"(python|torchrun .*) -m pcnn_lightning ", line)]
+
+
+def test_two_commands_install_and_run():
+    installing = [line for line in LINES if "-m venv .venv" in line]
+    assert len(installing) == 2
+    assert "configs/digits.yaml" in installing[0]
+    assert "pytest" in installing[1]
+
+
+def test_every_command_is_of_a_known_kind():
+    others = [line for line in LINES if line not in OURS and "-m venv .venv" not in line]
+    assert [line for line in others if not line.startswith(("tensorboard ", "tar ", "#"))] == []
+
+
+@pytest.mark.parametrize("line", OURS)
+def test_each_command_parses(line, monkeypatch, capsys):
+    """Up to the point where data or a checkpoint would be needed."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    subcommand, *arguments = words[words.index("pcnn_lightning") + 1 :]
+    if "--ckpt_path" in arguments and arguments[arguments.index("--ckpt_path") + 1] not in ("best", "last"):
+        position = arguments.index("--ckpt_path")
+        del arguments[position : position + 2]  # a file that only a trained run leaves
+    with pytest.raises(SystemExit) as exit:
+        main([subcommand, *arguments, "--print_config"])
+    assert exit.value.code == 0, capsys.readouterr().err
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_configuration_table_names_every_configuration():
+    table = set(re.findall(r"`configs/(\w+\.yaml)`", README))
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} <= table
