@@ -9,20 +9,20 @@ from pcnn_lightning.errors import InputError
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without running any code that it may hold.
+    """Read a checkpoint of ours onto the CPU, without running any code that it may hold.
 
     Raises:
-        InputError: if there is no such file or it is no complete checkpoint.
+        InputError: if there is no such file, or pcnn_lightning did not write it, or not to its end.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{path} is not a complete checkpoint ({type(error).__name__}: {reason})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise InputError(f"{path} is not a checkpoint of a Lightning module: it has no state_dict")
+        raise InputError(f"{path} is damaged or no checkpoint: it cannot be read ({type(error).__name__})") from None
+    parts = ("state_dict", "hyper_parameters", "one_bit")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
+        raise InputError(f"{path} is not a checkpoint that pcnn_lightning wrote")
     return checkpoint
 
 

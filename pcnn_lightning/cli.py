@@ -1,16 +1,18 @@
 """The command line: ``python -m pcnn_lightning fit --config configs/digits.yaml``."""
 
 import json
+import logging
 import os
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import pcnn_lightning
 from pcnn_lightning import data  # noqa: F401  (makes its classes known to the parser by their short names)
@@ -19,8 +21,8 @@ from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.modules import OneBitClassifier
 
-LINKED = ("num_classes", "in_channels")
-"""What a model is told by its data."""
+LINKED = {"num_classes": 10, "in_channels": 3}
+"""What a model is told by its data, with the defaults that it has without them."""
 
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",  # lightning 2.6 with newer torch
@@ -40,7 +42,7 @@ class OneBitTrainer(Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule,
-        ckpt_path: str,
+        ckpt_path: str | None = None,
         output: str = "predictions.csv",
     ) -> None:
         """Predict the label of each image and write a CSV of image, label and probability.
@@ -55,6 +57,22 @@ class OneBitTrainer(Trainer):
         super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
 
 
+class Parser(LightningArgumentParser):
+    """A parser that answers a mistake with the mistake alone; the usage, of 150 lines, is what --help is for."""
+
+    def print_usage(self, file: Any = None) -> None:
+        if file is not sys.stderr:
+            super().print_usage(file)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder of the logs; without one there is no place that would be the run's own."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class OneBitCLI(LightningCLI):
     """LightningCLI with the model's shape linked to the data, and checkpoints read as the first layer of the config."""
 
@@ -65,28 +83,58 @@ class OneBitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         given: Any = sys.argv[1:] if args is None else args
         path = _checkpoint_argument(given) if isinstance(given, list) else None
-        if path is None:
-            super().parse_arguments(parser, args)
-        else:
-            # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
-            subcommand, *rest = given
-            self.config = parser.parse_args([subcommand, "--config", _model_config(path), *rest])
+        try:
+            if path is None:
+                super().parse_arguments(parser, args)
+            else:
+                # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
+                place = next((at for at, word in enumerate(given) if word in self.subcommands()), 0) + 1
+                layer = ["--config", _model_config(path)]
+                self.config = parser.parse_args([*given[:place], *layer, *given[place:]])
+        except UnicodeDecodeError as error:
+            files = [word for word in given if isinstance(word, str) and word.endswith((".yaml", ".yml", ".json"))]
+            raise InputError(f"a configuration file is not UTF-8 text ({error}): {', '.join(files)}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Done by :meth:`parse_arguments`; Lightning's own would overrule the user."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.config["subcommand"]]["trainer"]
+        if trainer["gradient_clip_val"] is not None:
+            raise InputError("trainer.gradient_clip_val does not reach this loop: set model.gradient_clip")
+        if trainer["accumulate_grad_batches"] != 1:
+            raise InputError("trainer.accumulate_grad_batches does not reach this loop: set model.accumulate")
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise InputError(str(error)) from error
+            cause: BaseException = error
+            while (inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)) is not None:
+                cause = inner  # what a class said, not the parser's account of it
+            raise InputError(str(cause)) from error
+
+    def after_instantiate_classes(self) -> None:
+        given = self.config[self.config["subcommand"]]["model"]["init_args"]
+        for name in LINKED:
+            of_data = getattr(self.datamodule, name)
+            if given[name] not in (of_data, LINKED[name]):
+                raise InputError(f"model.{name} is {given[name]}, but the data have {of_data}: leave it to the data")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
-        if kwargs["ckpt_path"] is None and subcommand != "fit":
+        path = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
+        if path is None and subcommand != "fit":
             raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
-        return kwargs
+        if path is not None:
+            load_checkpoint(path)  # for its message, should the file be damaged
+        return {**kwargs, "ckpt_path": path}
 
 
 def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
@@ -116,6 +164,8 @@ def main(args: ArgsType = None) -> OneBitCLI:
     strict = {"allow_abbrev": False}
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
+    # Lightning advertises other products in the log of every run.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     try:
         return OneBitCLI(
             OneBitClassifier,
@@ -125,8 +175,11 @@ def main(args: ArgsType = None) -> OneBitCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
             parser_kwargs={
+                **strict,
                 "prog": "pcnn_lightning",
                 "version": pcnn_lightning.__version__,
                 "description": "Train 1-bit convolutional networks.",
@@ -146,20 +199,18 @@ def main(args: ArgsType = None) -> OneBitCLI:
 def _model_config(path: str) -> str:
     """The model that a checkpoint holds, as a configuration in JSON."""
     checkpoint = load_checkpoint(path)
-    family = checkpoint.get("one_bit", {}).get("family")
-    if family is None:
-        raise InputError(f"{path} was not written by pcnn_lightning")
     hparams = {
         name: value
-        for name, value in checkpoint.get("hyper_parameters", {}).items()
+        for name, value in checkpoint["hyper_parameters"].items()
         if name not in LINKED and not name.startswith("_")
     }
-    return json.dumps({"model": {"class_path": f"pcnn_lightning.{family}", "init_args": hparams}})
+    class_path = f"pcnn_lightning.{checkpoint['one_bit']['family']}"
+    return json.dumps({"model": {"class_path": class_path, "init_args": hparams}})
 
 
 def _checkpoint_argument(args: list[str]) -> str | None:
     """The file given as ``--ckpt_path FILE`` or ``--ckpt_path=FILE``, if any."""
-    for argument, following in zip(args, [*args[1:], ""], strict=True):
+    for argument, following in pairwise([*args, ""]):
         if argument == "--ckpt_path" or argument.startswith("--ckpt_path="):
             path = argument.partition("=")[2] or following
             return None if path in ("best", "last", "null") else path

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from pcnn_lightning.errors import InputError, check_writable
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write a CSV with a line per image: its file or index, the predicted label and that label's probability.
@@ -20,6 +22,15 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str = "predictions.csv") -> None:
         super().__init__("epoch")
         self.path = Path(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.path.is_dir():
+            raise InputError(f"cannot write predictions to {self.path}: it is a folder")
+        try:
+            check_writable(self.path.parent)
+        except InputError as error:
+            raise InputError(f"cannot write predictions to {self.path}: {error}") from error
 
     def write_on_epoch_end(
         self,
@@ -39,7 +50,6 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             names, classes = data.predict_names(), data.classes
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["image", "label", "probability"])

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pcnn_lightning.errors import InputError, check_writable
+
 RECORD = "stages.json"
 
 
@@ -31,6 +33,11 @@ class StageCheckpoint(ModelCheckpoint):
         self.stages: dict[str, dict[str, Any]] = {}
         self._epoch = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":  # rather than at the first checkpoint, an epoch later
+            check_writable(Path(str(self.dirpath)))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if not sum(trainer.num_val_batches):
@@ -47,6 +54,8 @@ class StageCheckpoint(ModelCheckpoint):
         self._write_record(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # Lightning's own would leave a last.ckpt of one batch
         super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero and self.stages:
             print(f"\n{self.table()}")
@@ -67,7 +76,10 @@ class StageCheckpoint(ModelCheckpoint):
         record = Path(str(self.dirpath)) / RECORD
         if not record.is_file():
             return None
-        stages = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            stages = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{record} is damaged ({error}): name a checkpoint in its folder instead") from error
         return str(record.parent / list(stages.values())[-1]["checkpoint"]) if stages else None
 
     def state_dict(self) -> dict[str, Any]:

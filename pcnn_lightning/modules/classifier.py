@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -69,7 +70,7 @@ class OneBitClassifier(LightningModule):
         *,
         num_classes: int = 10,
         eta1: float = 0.1,
-        eta2: float = 0.1,
+        eta2: float = 0.001,
         schedule: Schedule = "multistep",
         milestones: list[float] = [0.3, 0.6, 0.8],  # noqa: B006  (never changed, and shown as it is in --help)
         decay: float = 0.2,
@@ -105,9 +106,16 @@ class OneBitClassifier(LightningModule):
             raise ValueError(f"optimizer must be one of sgd, adam, but got {optimizer!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), but got {label_smoothing}")
+        for name, value in (("weight_decay", weight_decay), ("projection_weight_decay", projection_weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, but got {value}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), but got {momentum}")
         self.rates = (
-            LearningRate(eta1, schedule, tuple(milestones), decay, warmup_epochs),
-            LearningRate(
+            _learning_rate("eta1", "", eta1, schedule, tuple(milestones), decay, warmup_epochs),
+            _learning_rate(
+                "eta2",
+                "projection_",
                 eta2,
                 schedule if projection_schedule is None else projection_schedule,
                 tuple(milestones if projection_milestones is None else projection_milestones),
@@ -153,7 +161,10 @@ class OneBitClassifier(LightningModule):
         """Take ``net`` for the network to train, with the center loss that goes with it."""
         self.net = net
         weight, alpha = self.hparams["center_loss_weight"], self.hparams["center_loss_alpha"]
-        center_loss = CenterLoss(net.classifier.out_features, net.classifier.in_features, weight, alpha)
+        try:
+            center_loss = CenterLoss(net.classifier.out_features, net.classifier.in_features, weight, alpha)
+        except ValueError as error:
+            raise ValueError(f"center_loss_{error}") from None  # the name that its argument has here
         self.center_loss = center_loss if weight > 0 else None
 
     @property
@@ -168,6 +179,15 @@ class OneBitClassifier(LightningModule):
         return logits
 
     # Training.
+
+    def setup(self, stage: str) -> None:
+        if any(isinstance(callback, LearningRateFinder) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise InputError("LearningRateFinder looks for one learning rate, but this model has eta1 and eta2")
+        if self.trainer.precision in ("16-true", "bf16-true"):
+            raise InputError(
+                f"trainer.precision {self.trainer.precision} would round the kernels that are being learned: "
+                "use 32-true, bf16-mixed or 16-mixed"
+            )
 
     def configure_optimizers(self) -> Optimizer:
         projections = self.projection_parameters()
@@ -204,7 +224,7 @@ class OneBitClassifier(LightningModule):
         update, position, size = self._update_of(batch_idx)
         if position == 0:
             self._set_rates(update)
-        features = self.net.features(images)
+        features = self.net.features(images.to(self.dtype))
         logits = self.net.classifier(features)
         losses = {
             "cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]),
@@ -265,12 +285,12 @@ class OneBitClassifier(LightningModule):
 
     def predict_step(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Label (B,) and its probability (B,) of each of ``images`` (B, in_channels, H, W)."""
-        probabilities, labels = self(images).float().softmax(dim=1).max(dim=1)
+        probabilities, labels = self(images.to(self.dtype)).float().softmax(dim=1).max(dim=1)
         return {"label": labels, "probability": probabilities}
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        features = self.net.features(images)
+        features = self.net.features(images.to(self.dtype))
         logits = self.net.classifier(features)
         cross_entropy = F.cross_entropy(logits, labels)
         losses = {
@@ -398,3 +418,12 @@ class OneBitClassifier(LightningModule):
                 f"eta2 ({self.hparams['eta2']}), or set gradient_clip. Last good checkpoint: {kept or 'none yet'}"
             )
         raise DivergedError(self._divergence)  # again, if a callback then tries to save what is left
+
+
+def _learning_rate(name: str, prefix: str, base: float, schedule: Schedule, *shape: Any) -> LearningRate:
+    """A learning rate whose refusals bear the names that its arguments have here."""
+    try:
+        return LearningRate(base, schedule, *shape)
+    except ValueError as error:
+        field = "" if "learning rate" in str(error) else prefix
+        raise ValueError(f"{name}: {field}{error}") from None

@@ -57,6 +57,8 @@ class PCNN(OneBitClassifier):
         **loop: Any,
     ) -> None:
         super().__init__(**loop)
+        if projections < 1:
+            raise ValueError(f"projections must be at least 1, but got {projections}")
         convolution = partial(
             ProjectionConv2d,
             projections=projections,
