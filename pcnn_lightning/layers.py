@@ -68,6 +68,8 @@ class ProjectionConv2d(nn.Module):
         projection_forward: whether all of W_j (``"full"``) or its mean (``"mean"``) quantises. With the mean, the J
             kernels of a binary layer are equal up to sign. Default: full for J > 1, mean for J = 1.
         projection_init: W ~ N(0, 1) (``"normal"``), ±1 (``"signs"``), N(1, 0.1) (``"near_one"``) or 1 (``"ones"``).
+            Default: normal with the full forward, near one with the mean: there, the gradient (3.49) of an element
+            whose W has another sign than the mean points uphill.
 
     Attributes:
         weight: C, (out_channels / J, in_channels, kh, kw).
@@ -93,7 +95,7 @@ class ProjectionConv2d(nn.Module):
         projection_loss_weight: float = 1e-4,
         eta: float = 0.0,
         projection_forward: ProjectionForward | None = None,
-        projection_init: ProjectionInit = "normal",
+        projection_init: ProjectionInit | None = None,
     ) -> None:
         super().__init__()
         kernel_size = _pair("kernel_size", kernel_size, 1)
@@ -118,6 +120,8 @@ class ProjectionConv2d(nn.Module):
         if projection_forward is None:
             projection_forward = "mean" if projections == 1 else "full"
         _check_choice("projection_forward", projection_forward, get_args(ProjectionForward))
+        if projection_init is None:
+            projection_init = "near_one" if projection_forward == "mean" else "normal"
         _check_choice("projection_init", projection_init, get_args(ProjectionInit))
 
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size

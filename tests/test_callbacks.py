@@ -253,8 +253,8 @@ def test_the_picture_marks_the_switch():
         for epoch, stage in enumerate(["ternary", "ternary", "binary"])
     ]
     axes = draw_losses(rows).axes[0]
-    assert [text.get_text().strip() for text in axes.texts] == ["binary"]
-    assert axes.texts[0].xy[0] == 1.5
+    assert [(text.get_text(), text.get_ha()) for text in axes.texts] == [("ternary", "right"), ("binary", "left")]
+    assert {text.xy[0] for text in axes.texts} == {1.5}
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["cross-entropy, training", "cross-entropy, validation", "center loss, training"]
 

@@ -76,20 +76,24 @@ def draw_losses(epochs: list[dict[str, Any]]) -> Figure:
     for loss, (label, colour) in LOSSES.items():
         for split, dash, what in (("train", "-", "training"), ("val", "--", "validation")):
             points = [(row["epoch"], row[name]) for row in epochs if row.get(name := f"{split}/{loss}") is not None]
-            if points and not (split == "val" and loss in ("projection_loss", "filter_loss")):
-                axes.plot(*zip(*points, strict=True), dash, color=colour, linewidth=1.5, label=f"{label}, {what}")
+            of_kernels = loss in ("projection_loss", "filter_loss")  # the same on any data
+            if points and not (of_kernels and split == "val"):
+                name = label if of_kernels else f"{label}, {what}"
+                axes.plot(*zip(*points, strict=True), dash, color=colour, linewidth=1.5, label=name)
     for before, after in pairwise(epochs):
         if before["stage"] != after["stage"]:
             axes.axvline(after["epoch"] - 0.5, color="0.4", linewidth=1, linestyle=":")
-            axes.annotate(
-                f" {after['stage']}",
-                (after["epoch"] - 0.5, 1),
-                xycoords=("data", "axes fraction"),
-                va="top",
-                color="0.3",
-                xytext=(2, -4),
-                textcoords="offset points",
-            )
+            for stage, side, offset in ((before["stage"], "right", -4), (after["stage"], "left", 4)):
+                axes.annotate(
+                    stage,
+                    (after["epoch"] - 0.5, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(offset, -4),
+                    textcoords="offset points",
+                    ha=side,
+                    va="top",
+                    color="0.3",
+                )
     axes.set(xlabel="epoch", ylabel="loss (nats; penalties as weighted)", yscale="log")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

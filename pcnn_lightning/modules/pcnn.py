@@ -30,7 +30,8 @@ class PCNN(OneBitClassifier):
         projection_loss_weight: λ.
         eta: η of the projection loss (3.42).
         projection_forward: ``full`` or ``mean``: how much of W_j quantises; None: full for J > 1, mean for J = 1.
-        projection_init: ``normal``, ``signs``, ``near_one`` or ``ones``: how W is drawn.
+        projection_init: ``normal``, ``signs``, ``near_one`` or ``ones``: how W is drawn; None: normal with the full
+            forward, near one with the mean.
         reinit_projection: whether W is drawn anew where the binary stage starts from ternary kernels.
         activation_gradient: ``clip`` or ``polynomial``: pseudo-gradient of the sign of activations.
 
@@ -51,7 +52,7 @@ class PCNN(OneBitClassifier):
         projection_loss_weight: float = 1e-4,
         eta: float = 0.0,
         projection_forward: ProjectionForward | None = None,
-        projection_init: ProjectionInit = "normal",
+        projection_init: ProjectionInit | None = None,
         reinit_projection: bool = False,
         activation_gradient: SignGradient = "clip",
         **loop: Any,
