@@ -20,7 +20,7 @@ EXPECTED = {  # backbone, J, first stage, projection convolutions
     "cifar100": ("wrn22", 4, "ternary", 18),
     "cifar_binary": ("wrn22", 4, "binary", 18),
     "cifar_full_precision": ("wrn22", 4, "full_precision", 0),
-    "digits": ("wrn7", 4, "ternary", 3),
+    "digits": ("wrn7", 1, "ternary", 3),
     "imagenet_resnet18": ("resnet18", 1, "binary", 16),
 }
 SHAPE = {  # classes, channels
