@@ -173,6 +173,7 @@ class ProjectionConv2d(nn.Module):
         else:
             drawn = torch.ones(shape)
         self.projection.copy_(drawn.to(dtype))
+        self._loss_of_forward = None  # it was of another W
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, in_channels, H, W) with D, as :func:`torch.nn.functional.conv2d` does.

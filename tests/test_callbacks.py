@@ -217,6 +217,38 @@ def test_without_validation_data_the_latest_epoch_is_kept(tmp_path):
     assert [(stage, best["epoch"]) for stage, best in record.items()] == [("ternary", 1), ("binary", 3)]
 
 
+def test_last_is_the_last_epoch_though_accuracy_does_not_rise(tmp_path):
+    checkpoint = StageCheckpoint(str(tmp_path), monitor="val/declining")
+    fit(tiny_pcnn(), max_epochs=3, callbacks=[Decline(), checkpoint], enable_checkpointing=True)
+    assert torch.load(tmp_path / "binary.ckpt", weights_only=True)["epoch"] == 0
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 2
+    assert json.loads((tmp_path / "stages.json").read_text())["binary"]["epoch"] == 0
+
+
+def test_the_record_goes_on_in_a_resumed_run_without_validation_data(tmp_path):
+    def run(max_epochs, **arguments):
+        callbacks = [StageSwitch(1), StageCheckpoint(str(tmp_path))]
+        model, data = tiny_pcnn(**PROGRESSIVE), tiny_digits(val_fraction=0.0)
+        fit(model, data, max_epochs=max_epochs, callbacks=callbacks, enable_checkpointing=True, **arguments)
+
+    run(2)
+    run(4, ckpt_path=str(tmp_path / "last.ckpt"))
+    record = json.loads((tmp_path / "stages.json").read_text())
+    assert [(stage, best["epoch"]) for stage, best in record.items()] == [("ternary", 0), ("binary", 3)]
+    assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["binary.ckpt", "last.ckpt", "ternary.ckpt"]
+
+
+def test_an_epoch_without_validation_has_no_validation_losses():
+    curves = LossCurves()
+    fit(tiny_pcnn(), max_epochs=4, callbacks=[curves], check_val_every_n_epoch=2)
+    assert ["val/cross_entropy" in row for row in curves.epochs] == [False, True, False, True]
+
+
+def test_an_error_before_training_is_not_hidden():
+    with pytest.raises(InputError, match="the model's is binary"):
+        fit(tiny_pcnn(), max_epochs=3, callbacks=[StageSwitch(1), LossCurves()])
+
+
 def test_loss_curves_are_in_tensorboard_a_table_and_a_picture(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_pcnn(**PROGRESSIVE), max_epochs=3, callbacks=[StageSwitch(2), LossCurves()], logger=logger)

@@ -338,6 +338,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path):
         fit(tiny_pcnn(stages=[2, 2, 2, 4]), ckpt_path=str(tmp_path / "x.ckpt"), max_epochs=2)
 
 
+def test_a_ternary_checkpoint_is_not_resumed_as_binary(tmp_path):
+    fit(tiny_pcnn(stage="ternary")).save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=r"model\.init_from instead of --ckpt_path"):
+        fit(tiny_pcnn(stage="binary"), ckpt_path=str(tmp_path / "x.ckpt"), max_epochs=2)
+
+
+def test_another_optimizer_cannot_go_on(tmp_path):
+    fit(tiny_pcnn()).save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="state of optimizer sgd, which adam cannot go on from"):
+        fit(tiny_pcnn(optimizer="adam"), ckpt_path=str(tmp_path / "x.ckpt"), max_epochs=2)
+    assert PCNN.load_from_checkpoint(tmp_path / "x.ckpt", optimizer="adam").hparams["optimizer"] == "adam"
+
+
 # Guards.
 
 

@@ -29,6 +29,8 @@ class LossCurves(Callback):
     def __init__(self) -> None:
         super().__init__()
         self.epochs: list[dict[str, Any]] = []
+        self._validation: dict[str, float] = {}  # of this epoch, if it had one
+        self._folder: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asked for here, by all processes, because it is broadcast: at an exception they are no longer in step.
@@ -38,8 +40,13 @@ class LossCurves(Callback):
                 logger.experiment.add_custom_scalars({"training": {"losses": ["Multiline", [TAGS.pattern]]}})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if TAGS.match(name)}
-        self.epochs.append({"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **values})
+        row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self._validation}
+        self.epochs.append({**row, **_losses(trainer, "train")})
+        self._validation = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validation = _losses(trainer, "val")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
@@ -54,7 +61,7 @@ class LossCurves(Callback):
         self.epochs = state_dict["epochs"]
 
     def _write(self, trainer: Trainer) -> None:
-        if not self.epochs or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.epochs or self._folder is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         names = list(dict.fromkeys(name for epoch in self.epochs for name in epoch))
@@ -65,8 +72,15 @@ class LossCurves(Callback):
         draw_losses(self.epochs).savefig(self._folder / "losses.png")
 
 
+def _losses(trainer: Trainer, split: str) -> dict[str, float]:
+    found = {name: TAGS.match(name) for name in trainer.callback_metrics}
+    return {name: float(trainer.callback_metrics[name]) for name, tag in found.items() if tag and tag[1] == split}
+
+
 def draw_losses(epochs: list[dict[str, Any]]) -> Figure:
     """Losses against epochs, training solid and validation dashed, with a line where the stage changes.
+
+    The loss of the kernels is drawn once, since it is the same whatever the data.
 
     Args:
         epochs: rows with ``epoch``, ``stage`` and values named as in the logs, such as ``train/cross_entropy``.

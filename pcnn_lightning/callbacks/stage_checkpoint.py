@@ -30,8 +30,13 @@ class StageCheckpoint(ModelCheckpoint):
         self, dirpath: str, monitor: str = "val/accuracy", mode: str = "max", save_last: bool = True, **others: Any
     ) -> None:
         super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_last=save_last, **others)
+        self._state_key = f"{type(self).__name__}({monitor}, {mode})"  # monitor may be given up later
         self.stages: dict[str, dict[str, Any]] = {}
         self._epoch = 0
+
+    @property
+    def state_key(self) -> str:
+        return self._state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -46,11 +51,15 @@ class StageCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.filename, self._epoch = str(pl_module.stage), trainer.current_epoch
         super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._save_last(trainer)
         self._write_record(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.filename, self._epoch = str(pl_module.stage), trainer.current_epoch
         super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._save_last(trainer)
         self._write_record(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,6 +98,11 @@ class StageCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.stages = state_dict["stages"]
+
+    def _save_last(self, trainer: Trainer) -> None:
+        # Lightning's own save_last writes only beside a new best, and the last epoch need not be one.
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _note(self) -> None:
         if not self.best_model_path or self.filename is None:  # nothing new since this process began

@@ -118,12 +118,12 @@ class ImageDataModule(LightningDataModule, ABC):
     @cached_property
     def train_set(self) -> ImageSet:
         """The images to train on, with their augmentation."""
-        return self._train_and_val[0]
+        return self._split[0]
 
     @cached_property
     def val_set(self) -> ImageSet | None:
         """The images to choose by: the data set's own, or held out of its training images."""
-        return self._train_and_val[1]
+        return self._split[1] if self._own_val_set is None else self._own_val_set
 
     @cached_property
     def test_set(self) -> ImageSet:
@@ -140,14 +140,19 @@ class ImageDataModule(LightningDataModule, ABC):
         return [str(index) for index in range(len(self.predict_set))]
 
     @cached_property
-    def _train_and_val(self) -> tuple[ImageSet, ImageSet | None]:
+    def _own_val_set(self) -> ImageSet | None:
+        images = self.load("val")
+        if images is not None:
+            self._check_labels("val", images)
+        return images
+
+    @cached_property
+    def _split(self) -> tuple[ImageSet, ImageSet | None]:
+        """Training images, and those held out of them unless the data set has validation images of its own."""
         whole = self._load("train", "Add training images.")
-        val = self.load("val")
         assert whole.labels is not None
-        order = stratified_order(whole.labels, generator(self.seed, Stream.SPLIT))
-        if val is not None:
-            self._check_labels("val", val)
-        elif self.val_fraction > 0 and len(order) > 1:
+        order, val = stratified_order(whole.labels, generator(self.seed, Stream.SPLIT)), None
+        if self._own_val_set is None and self.val_fraction > 0 and len(order) > 1:
             held_out = min(max(round(self.val_fraction * len(order)), 1), len(order) - 1)
             val, order = whole.select(order[:held_out]), order[held_out:]
         if self.train_size is not None:

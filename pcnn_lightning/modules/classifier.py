@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -299,7 +300,9 @@ class OneBitClassifier(LightningModule):
             self.penalty_name: self._evaluation_penalty,
         }
         if split == "val" and (center_loss := self.center_loss_of_stage) is not None:
-            losses["center_loss"] = center_loss(features, labels)  # shown, but no part of the loss
+            # Shown on the scale of an update, but no part of the loss.
+            batches = self.hparams["accumulate"] * self.trainer.world_size
+            losses["center_loss"] = center_loss(features, labels) * batches
         self._watch(cross_entropy)
         accuracy = self.val_accuracy if split == "val" else self.test_accuracy
         accuracy.update(logits, labels)
@@ -318,7 +321,7 @@ class OneBitClassifier(LightningModule):
             "family": type(self).__name__,
             "stage": self.stage,
             "stage_start": self.stage_start,
-            "stage_end": self.stage_end,
+            "optimizer": self.hparams["optimizer"],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -329,8 +332,13 @@ class OneBitClassifier(LightningModule):
                 f"not a {type(self).__name__}"
             )
         check_same_tensors(self.state_dict(), checkpoint["state_dict"])
+        if self._is_fitting and saved["optimizer"] != self.hparams["optimizer"]:
+            raise InputError(
+                f"the checkpoint has the state of optimizer {saved['optimizer']}, which {self.hparams['optimizer']} "
+                "cannot go on from: name the same one, or start a new run with init_from"
+            )
         self.set_stage(saved["stage"])
-        self.stage_start, self.stage_end = saved["stage_start"], saved["stage_end"]
+        self.stage_start, self.stage_end = saved["stage_start"], None  # its end is the callback's to say
 
     def _start_from(self, path: str) -> None:
         state = load_checkpoint(path)["state_dict"]
@@ -339,6 +347,11 @@ class OneBitClassifier(LightningModule):
         self.net.load_state_dict(network)
 
     # Parts of a step.
+
+    @property
+    def _is_fitting(self) -> bool:
+        """Whether a trainer is attached, and at work on ``fit``."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     def _optimizer(self) -> Optimizer:
         optimizer = self.optimizers(use_pl_optimizer=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pcnn_lightning.backbones import build_backbone
+from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import ProjectionForward, SignGradient
 from pcnn_lightning.layers import ProjectionConv2d, ProjectionInit, SignActivation
 from pcnn_lightning.modules.classifier import OneBitClassifier
@@ -60,6 +61,8 @@ class PCNN(OneBitClassifier):
         super().__init__(**loop)
         if projections < 1:
             raise ValueError(f"projections must be at least 1, but got {projections}")
+        if stage not in ("ternary", "binary"):
+            raise ValueError(f"stage must be one of ternary, binary, but got {stage!r}")
         convolution = partial(
             ProjectionConv2d,
             projections=projections,
@@ -108,6 +111,11 @@ class PCNN(OneBitClassifier):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.stage == "ternary" and self.hparams["stage"] == "binary":
+            raise InputError(
+                "the checkpoint is of a ternary stage, but model.stage is binary: to start a binary run from ternary "
+                "kernels, name the checkpoint as model.init_from instead of --ckpt_path"
+            )
         if self.hparams["eta"] > 0 and (self.hparams["accumulate"] > 1 or self.trainer.world_size > 1):
             for layer in self.projection_layers:
                 layer.sum_step_gradients()

@@ -167,3 +167,10 @@ def test_a_broken_file_is_named(tmp_path, options, num_workers):
     data = ImageFolder(str(root), val_fraction=0, num_workers=num_workers, **options)
     with pytest.raises(InputError, match=r"broken\.png cannot be read as an image"):
         list(data.train_dataloader())
+
+
+def test_validating_needs_no_training_images(tmp_path):
+    root = make_folder(tmp_path, {"val": TWO})
+    data = ImageFolder(str(root))
+    data.setup("validate")
+    assert len(data.val_set) == 10
