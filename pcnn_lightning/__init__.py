@@ -6,23 +6,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pcnn_lightning.callbacks import LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
     from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
-    from pcnn_lightning.layers import ProjectionConv2d, SignActivation
+    from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, SignActivation
     from pcnn_lightning.losses import CenterLoss
-    from pcnn_lightning.modules import PCNN
+    from pcnn_lightning.modules import MCN, PCNN
 
 __version__ = "0.1.0.dev0"
 
 _ROOMS = {
     "callbacks": ("LossCurves", "PredictionWriter", "StageCheckpoint", "StageSwitch"),
     "data": ("CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageFolder"),
-    "layers": ("ProjectionConv2d", "SignActivation"),
+    "layers": ("ModulatedConv2d", "ProjectionConv2d", "SignActivation"),
     "losses": ("CenterLoss",),
-    "modules": ("PCNN",),
+    "modules": ("MCN", "PCNN"),
 }
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "MCN",
     "MNIST",
     "PCNN",
     "CenterLoss",
@@ -30,6 +31,7 @@ __all__ = [
     "FashionMNIST",
     "ImageFolder",
     "LossCurves",
+    "ModulatedConv2d",
     "PredictionWriter",
     "ProjectionConv2d",
     "SignActivation",

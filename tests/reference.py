@@ -1,6 +1,7 @@
-"""The equations of PCNN a second time: float64, slow, one projection at a time, and nothing from the package.
+"""The equations of PCNN and MCN a second time: float64, slow, plane by plane, and nothing from the package.
 
-Written from the equations of the method (3.42-3.59), so that the tests compare two independent readings of them.
+Written from the equations of the method (3.12-3.27, 3.42-3.59), so that the tests compare two independent readings of
+them.
 """
 
 import datetime
@@ -71,8 +72,67 @@ def gradients(
     return by_weight, by_projection
 
 
+def quantize_by_levels(
+    weight: Tensor, *, scale: float | None = None, centers: Tensor | None = None, binarize: bool = True
+) -> Tensor:
+    """Ĉ of MCN: a · sign(C), each element's nearest centre, or C itself (U-MCN)."""
+    weight = weight.detach().double()
+    if not binarize:
+        return weight.clone()
+    if centers is not None:
+        distances = torch.stack([(weight - center).abs() for center in centers.double().tolist()])
+        return centers.double()[distances.argmin(0)]
+    return (weight.abs().mean().item() if scale is None else scale) * sign(weight)
+
+
+def modulating_planes(modulation: Tensor, average: bool = False) -> list[Tensor]:
+    """|M_k|, or a plane of its mean (MCN-1), for each k."""
+    planes = [plane.abs() for plane in modulation.detach().double()]
+    return [torch.full_like(plane, plane.mean().item()) for plane in planes] if average else planes
+
+
+def modulate(quantized: Tensor, modulation: Tensor, average: bool = False) -> Tensor:
+    """Q of shape (O * K, in, kh, kw), kernel by kernel: ``Q[h * K + k] = Ĉ[h] ∘ |M_k|`` (3.12-3.17)."""
+    planes = modulating_planes(modulation, average)
+    modulated = torch.empty(len(quantized) * len(planes), *quantized.shape[1:], dtype=torch.float64)
+    for h, k, c in itertools.product(range(len(quantized)), range(len(planes)), range(quantized.shape[1])):
+        modulated[h * len(planes) + k, c] = quantized[h, c] * planes[k]
+    return modulated
+
+
+def filter_loss(
+    weight: Tensor, modulation: Tensor, quantized: Tensor, loss_weight: float, average: bool = False
+) -> float:
+    """θ/2 Σ_k ‖C - Ĉ ∘ |M_k|‖² (3.18), summed one kernel at a time."""
+    weight, total = weight.detach().double(), 0.0
+    for plane, h in itertools.product(modulating_planes(modulation, average), range(len(weight))):
+        total += (weight[h] - quantized[h] * plane).square().sum().item()
+    return loss_weight / 2 * total
+
+
+def modulation_gradients(
+    weight: Tensor, modulation: Tensor, quantized: Tensor, delta: Tensor, *, loss_weight: float, average: bool = False
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂C (3.20) and ∂L/∂M (3.24) from Ĉ and δ, the task loss's gradient by Q, (O * K, in, kh, kw).
+
+    3.24 is the gradient of |M_k|; that of M_k is it times M_k's sign. With the mean of |M_k| in its place, each of its
+    elements has an equal share in that mean.
+    """
+    weight, planes = weight.detach().double(), modulating_planes(modulation, average)
+    by_weight, by_modulation = torch.zeros_like(weight), torch.zeros_like(modulation, dtype=torch.float64)
+    for h, k, c in itertools.product(range(len(weight)), range(len(planes)), range(weight.shape[1])):
+        delta_k = delta[h * len(planes) + k, c]
+        residual = weight[h, c] - quantized[h, c] * planes[k]
+        by_weight[h, c] += delta_k * planes[k] + loss_weight * residual
+        by_modulation[k] += delta_k * quantized[h, c] - loss_weight * residual * quantized[h, c]
+    if average:
+        for k in range(len(planes)):
+            by_modulation[k] = by_modulation[k].sum() / by_modulation[k].numel()
+    return by_weight, by_modulation * sign(modulation.detach().double())
+
+
 def task_gradient(task: Callable[[Tensor], Tensor], x: Tensor, quantized: Tensor, **convolution: object) -> Tensor:
-    """δ: the gradient of ``task(conv2d(x, D))`` by D, by autograd through an ordinary convolution."""
+    """δ: the gradient of ``task(conv2d(x, D))`` by D (or Q), by autograd through an ordinary convolution."""
     leaf = quantized.clone().requires_grad_()
     (delta,) = torch.autograd.grad(task(F.conv2d(x.detach().double(), leaf, **convolution)), leaf)
     return delta

@@ -10,18 +10,22 @@ import yaml
 from PIL import Image
 
 import pcnn_lightning
-from pcnn_lightning import PCNN
+from pcnn_lightning import MCN, PCNN
 from pcnn_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = {"ddp", "debug", "gpu_bf16"}
-EXPECTED = {  # backbone, J, first stage, projection convolutions
+EXPECTED = {  # backbone, J or K, first stage, 1-bit convolutions
     "cifar": ("wrn22", 4, "ternary", 18),
     "cifar100": ("wrn22", 4, "ternary", 18),
     "cifar_binary": ("wrn22", 4, "binary", 18),
     "cifar_full_precision": ("wrn22", 4, "full_precision", 0),
     "digits": ("wrn7", 1, "ternary", 3),
     "imagenet_resnet18": ("resnet18", 1, "binary", 16),
+    "mcn_digits": ("mcn8", 4, "binary", 7),
+    "mcn_cifar": ("mcn20", 4, "binary", 19),
+    "mcn1_cifar": ("mcn20", 4, "binary", 19),
+    "umcn_cifar": ("mcn20", 4, "full_precision", 19),
 }
 SHAPE = {  # classes, channels
     "cifar": (10, 3),
@@ -30,7 +34,12 @@ SHAPE = {  # classes, channels
     "cifar_full_precision": (10, 3),
     "digits": (10, 1),
     "imagenet_resnet18": (1000, 3),
+    "mcn_digits": (10, 1),
+    "mcn_cifar": (10, 3),
+    "mcn1_cifar": (10, 3),
+    "umcn_cifar": (10, 3),
 }
+PLANES = {"PCNN": "projections", "MCN": "planes"}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 whole = pytest.mark.parametrize("name", EXPECTED)
@@ -66,13 +75,13 @@ def contains(outer: object, inner: object) -> bool:
     return outer == inner or (isinstance(outer, str) and outer.endswith(f".{inner}"))
 
 
-def build(name: str) -> PCNN:
+def build(name: str) -> PCNN | MCN:
     model = read(name)["model"]
     num_classes, in_channels = SHAPE[name]
     built = getattr(pcnn_lightning, model["class_path"])(
         num_classes=num_classes, in_channels=in_channels, **model["init_args"]
     )
-    assert isinstance(built, PCNN)
+    assert isinstance(built, MCN if "mcn" in name else PCNN)
     return built
 
 
@@ -120,12 +129,17 @@ def test_overlay(capsys, overlay):
 @whole
 def test_model(name):
     model = build(name)
-    backbone, projections, stage, layers = EXPECTED[name]
+    backbone, planes, stage, count = EXPECTED[name]
     assert model.hparams["backbone"] == backbone
-    assert model.hparams["projections"] == projections
+    assert model.hparams[PLANES[type(model).__name__]] == planes
     assert model.stage == stage
-    assert [layer.projections for layer in model.projection_layers] == [projections] * layers
-    assert {layer.levels for layer in model.projection_layers} <= {stage}
+    layers = [layer for layer in model.one_bit_layers if layer.kernel_size == (3, 3)]
+    assert [layer.out_channels // len(layer.weight) for layer in layers] == [planes] * count
+    if isinstance(model, PCNN):
+        assert {layer.levels for layer in layers} <= {stage}
+    else:
+        assert {layer.average for layer in layers} == {name == "mcn1_cifar"}
+        assert {layer.binarize for layer in layers} == {stage == "binary"}
 
 
 @whole
@@ -173,8 +187,10 @@ def test_published_setting(name):
     assert hparams["projection_loss_weight"] == 1e-4
     assert {layer.projection_loss_weight for layer in model.projection_layers} == {1e-4}
     rates = [model.rates[0].at(epoch, 200) for epoch in range(200)]
+    rates[0] = rates[1]  # but for a warm-up, which is ours
+    assert model.hparams["warmup_epochs"] <= 1
     assert [epoch for epoch, (one, other) in enumerate(pairwise(rates), 1) if one != other] == [60, 120, 160]
-    assert [rates[epoch] for epoch in (0, 60, 120, 160)] == pytest.approx([0.1, 0.02, 0.004, 0.0008])
+    assert [rates[epoch] for epoch in (1, 60, 120, 160)] == pytest.approx([0.1, 0.02, 0.004, 0.0008])
     data = getattr(pcnn_lightning, config["data"]["class_path"])(**config["data"]["init_args"])
     assert (data.crop_padding, data.flip) == (4, True)
 
@@ -191,13 +207,26 @@ def test_twins_differ_only_where_they_say():
     assert {key for key in ours if ours[key] != theirs[key]} <= {"full_precision", "projection_loss_weight", "eta2"}
 
 
-def test_digits_runs():
-    cli = main(["fit", f"--config={CONFIGS / 'digits.yaml'}", f"--config={CONFIGS / 'debug.yaml'}", *QUIET])
+def test_modulated_networks_differ_only_where_they_say():
+    """MCN-1 and U-MCN are MCN but for one key; the decay is that of the published runs."""
+    of_mcn = read("mcn_cifar")
+    for name, key, value in (("mcn1_cifar", "average", True), ("umcn_cifar", "binarize", False)):
+        config = read(name)
+        assert config["model"]["init_args"].pop(key) is value
+        assert config["model"] == of_mcn["model"]
+        assert config["data"] == of_mcn["data"]
+    assert of_mcn["trainer"]["max_epochs"] == 200
+    assert of_mcn["model"]["init_args"]["stages"] == [16, 16, 32, 64]
+
+
+@pytest.mark.parametrize("name", ["digits", "mcn_digits"])
+def test_digits_runs(name):
+    cli = main(["fit", f"--config={CONFIGS / name}.yaml", f"--config={CONFIGS / 'debug.yaml'}", *QUIET])
     assert cli.trainer.global_step == 1
-    assert cli.model.stage == "ternary"
+    assert cli.model.stage == EXPECTED[name][2]
 
 
-@pytest.mark.parametrize("name", sorted(set(EXPECTED) - {"digits"}))
+@pytest.mark.parametrize("name", sorted(set(EXPECTED) - {"digits", "mcn_digits"}))
 def test_runs_on_a_folder(tmp_path, name):
     """A step with small images and few channels, started as the comments in cifar.yaml tell."""
     rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,17 +33,21 @@ def groups(model):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("full_precision", [False, True])
-def test_groups_are_disjoint_and_complete(backbone, full_precision):
-    maps = {"wrn7": 4, "wrn22": 4, "wrn40": 4, "vgg_small": 3}.get(backbone, 5)
-    model = tiny_pcnn(backbone=backbone, stages=[2] * maps, full_precision=full_precision, eta1=0.3, eta2=0.02)
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [("projection", {}), ("projection", {"full_precision": True}), ("modulation", {}), ("modulation", {"levels": 3})],
+)
+def test_groups_are_disjoint_and_complete(backbone, family, arguments):
+    maps = 3 if backbone == "vgg_small" else 5 if backbone.startswith("resnet") else 4
+    tiny = tiny_pcnn if family == "projection" else tiny_mcn
+    model = tiny(backbone=backbone, stages=[2] * maps, eta1=0.3, eta2=0.02, **arguments)
     found = groups(model)
     kernels, projections = ({id(p) for p in found[name]["params"]} for name in ("kernels", "projections"))
     assert not kernels & projections
     assert kernels | projections == {id(p) for p in model.parameters()}
-    by_name = {id(p) for name, p in model.named_parameters() if name.endswith(".projection")}
+    by_name = {id(p) for name, p in model.named_parameters() if name.endswith(f".{family}")}
     assert projections == by_name
-    assert bool(projections) != full_precision
+    assert bool(projections) == ("full_precision" not in arguments)
     assert (found["kernels"]["lr"], found["projections"]["lr"]) == (0.3, 0.02)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import tiny_digits, tiny_pcnn, tiny_trainer
+from tiny import tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,17 +29,14 @@ def frozen_norm(layer, x):
     return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=False)
 
 
-def train(folder: str, processes: int, accumulate: int = 1) -> None:
+def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     torch.manual_seed(0)
-    model = tiny_pcnn(
-        stage="ternary",
-        reinit_projection=True,
-        eta=0.3,
-        projection_loss_weight=0.1,
-        center_loss_weight=0.01,
-        accumulate=accumulate,
-        schedule="cosine",
-    ).double()
+    shared = {"center_loss_weight": 0.01, "accumulate": accumulate, "schedule": "cosine"}
+    if family == "PCNN":
+        model = tiny_pcnn(stage="ternary", reinit_projection=True, eta=0.3, projection_loss_weight=0.1, **shared)
+    else:
+        model = tiny_mcn(levels=3, filter_loss_weight=0.1, **shared)
+    model = model.double()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):  # SyncBatchNorm needs GPUs
             layer.forward = partial(frozen_norm, layer)
@@ -55,12 +52,13 @@ def train(folder: str, processes: int, accumulate: int = 1) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_follow_one_over_the_switch(tmp_path, accumulate):
+@pytest.mark.parametrize("family", ["PCNN", "MCN"])
+def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
     results = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        command = [sys.executable, __file__, str(folder), str(processes), str(accumulate)]
+        command = [sys.executable, __file__, str(folder), str(processes), family, str(accumulate)]
         subprocess.run(command, check=True, timeout=300, cwd=tmp_path)
         results[processes] = [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
     (whole,), (first, second) = results[1], results[2]
@@ -72,4 +70,4 @@ def test_two_processes_follow_one_over_the_switch(tmp_path, accumulate):
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    train(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

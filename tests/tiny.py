@@ -4,12 +4,17 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from pcnn_lightning import PCNN, Digits
+from pcnn_lightning import MCN, PCNN, Digits
 
 
 def tiny_pcnn(**arguments: Any) -> PCNN:
     defaults = {"in_channels": 1, "backbone": "wrn7", "stages": [2, 2, 2, 2], "projections": 2, "schedule": "constant"}
     return PCNN(**{**defaults, "eta1": 0.05, "eta2": 0.01, **arguments})
+
+
+def tiny_mcn(**arguments: Any) -> MCN:
+    defaults = {"in_channels": 1, "backbone": "mcn8", "stages": [2, 2, 2, 2], "planes": 2, "schedule": "constant"}
+    return MCN(**{**defaults, "eta1": 0.05, "eta2": 0.01, **arguments})
 
 
 def tiny_digits(**arguments: Any) -> Digits:
@@ -22,7 +27,7 @@ def tiny_trainer(**arguments: Any) -> Trainer:
     return Trainer(**{**defaults, **quiet, "num_sanity_val_steps": 0, **arguments})
 
 
-def fit(model: PCNN, data: Digits | None = None, ckpt_path: str | None = None, **trainer: Any) -> Trainer:
+def fit(model: PCNN | MCN, data: Digits | None = None, ckpt_path: str | None = None, **trainer: Any) -> Trainer:
     runner = tiny_trainer(**trainer)
     runner.fit(model, datamodule=data or tiny_digits(), ckpt_path=ckpt_path)
     return runner

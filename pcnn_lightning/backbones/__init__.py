@@ -1,15 +1,18 @@
 """Backbones by name. A new one is one function in a file of its own and one line here."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from pcnn_lightning.backbones.blocks import Activation, Convolution, Network, OneBitBlock
+from pcnn_lightning.backbones.mcn import mcn_small, mcn_wide
 from pcnn_lightning.backbones.resnet import resnet
 from pcnn_lightning.backbones.vgg import vgg_small
 from pcnn_lightning.backbones.wide_resnet import wide_resnet
 
 Backbone = Callable[..., Network]
-"""Takes ``(num_classes, in_channels, convolution, activation)`` and the keywords ``stages`` and ``planes``."""
+"""Takes ``(num_classes, in_channels, convolution, activation)``, ``stages``, ``planes`` and, some, ``dropout``."""
 
 BACKBONES: dict[str, Backbone] = {
     "wrn7": partial(wide_resnet, depth=7),
@@ -20,6 +23,9 @@ BACKBONES: dict[str, Backbone] = {
     "resnet18_cifar": partial(resnet, depth=18, stem="cifar"),
     "resnet34_cifar": partial(resnet, depth=34, stem="cifar"),
     "vgg_small": vgg_small,
+    "mcn8": partial(mcn_wide, depth=8),
+    "mcn20": partial(mcn_wide, depth=20),
+    "mcn_small": mcn_small,
 }
 
 
@@ -32,6 +38,7 @@ def build_backbone(
     *,
     stages: list[int] | None = None,
     planes: int = 1,
+    dropout: float = 0.0,
 ) -> Network:
     """Build a registered backbone; ``stages=None`` takes its own default.
 
@@ -43,7 +50,13 @@ def build_backbone(
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, but got {value}")
-    chosen = {} if stages is None else {"stages": stages}
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), but got {dropout}")
+    chosen: dict[str, Any] = {} if stages is None else {"stages": stages}
+    if "dropout" in inspect.signature(BACKBONES[name]).parameters:
+        chosen["dropout"] = dropout
+    elif dropout > 0:
+        raise ValueError(f"dropout must be 0 for backbone {name}, which has none, but got {dropout}")
     return BACKBONES[name](num_classes, in_channels, convolution, activation, planes=planes, **chosen)
 
 

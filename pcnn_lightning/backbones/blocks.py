@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 Convolution = Callable[..., nn.Module]
 """Makes a layer from ``(in_channels, out_channels, kernel_size, stride, padding)``: a class such as
-``ProjectionConv2d`` with its own arguments bound, or an ordinary convolution without bias."""
+``ProjectionConv2d`` with its own arguments bound, or an ordinary convolution without bias. A keyword ``planes`` asks
+for another number of channels per map than the network's."""
 
 Activation = Callable[[], nn.Module]
-"""Makes what stands in front of such a layer: ``SignActivation``, or ``nn.Identity`` in full precision."""
+"""Makes what binarises the input of such a layer: ``SignActivation``, or ``nn.Identity`` where it stays real."""
 
 
 class OneBitBlock(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from pcnn_lightning.errors import InputError
 
@@ -15,6 +16,7 @@ class StageSwitch(Callback):
     The module owns the stage, saves and restores it; this callback only says when it ends. At the switch the kernels
     stay as they are, W is kept or drawn anew (the module's ``reinit_projection``), the optimizer forgets its momentum,
     both learning rates begin anew, and "best" is forgotten, so that the best checkpoint of the run is a binary one.
+    A family with one stage only, such as MCN, is left alone.
 
     Args:
         epoch: the first binary epoch, or, below 1, its place as a share of ``max_epochs``. The ternary schedules are
@@ -38,6 +40,9 @@ class StageSwitch(Callback):
         self.validations_since_best = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "ternary" not in pl_module.trained_stages:  # type: ignore[operator]
+            rank_zero_info(f"StageSwitch has nothing to do: {type(pl_module).__name__} has no ternary stage")
+            return
         if trainer.global_step == 0 and pl_module.stage != "ternary":
             raise InputError(f"StageSwitch needs a model with stage: ternary, but the model's is {pl_module.stage}")
         epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
@@ -51,7 +56,9 @@ class StageSwitch(Callback):
         if pl_module.stage == "ternary":
             pl_module.stage_end = self.first_binary_epoch  # type: ignore[assignment]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx > 0:  # rather than on_train_epoch_start, which a run resumed from the end of an epoch skips
+            return
         stalled = self.patience is not None and self.validations_since_best >= self.patience
         if pl_module.stage == "ternary" and (trainer.current_epoch >= self.first_binary_epoch or stalled):
             pl_module.begin_stage("binary", trainer.current_epoch)  # type: ignore[operator]

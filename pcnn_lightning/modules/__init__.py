@@ -1,6 +1,7 @@
-"""LightningModules: the loop, and the families of 1-bit networks that it trains."""
+"""LightningModules, one for each family of networks."""
 
 from pcnn_lightning.modules.classifier import OneBitClassifier
+from pcnn_lightning.modules.mcn import MCN
 from pcnn_lightning.modules.pcnn import PCNN
 
-__all__ = ["PCNN", "OneBitClassifier"]
+__all__ = ["MCN", "PCNN", "OneBitClassifier"]

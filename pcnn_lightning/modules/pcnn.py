@@ -4,10 +4,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from pcnn_lightning.backbones import build_backbone
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import ProjectionForward, SignGradient
 from pcnn_lightning.layers import ProjectionConv2d, ProjectionInit, SignActivation
@@ -21,9 +20,6 @@ class PCNN(OneBitClassifier):
     :class:`OneBitClassifier`.
 
     Args:
-        in_channels: channels of the images.
-        backbone: a name in ``pcnn_lightning.backbones.BACKBONES``.
-        stages: kernel stages: maps of the stem and of each stage; None takes the backbone's own.
         projections: J, projections per layer and channels per map.
         stage: the first stage: ``ternary`` (to be switched to binary by ``StageSwitch``) or ``binary``.
         full_precision: the reference: the same blocks with ordinary convolutions and no sign.
@@ -40,12 +36,11 @@ class PCNN(OneBitClassifier):
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
 
+    trained_stages = ("ternary", "binary")
+
     def __init__(
         self,
         *,
-        in_channels: int = 3,
-        backbone: str = "wrn22",
-        stages: list[int] | None = None,
         projections: int = 4,
         stage: Literal["ternary", "binary"] = "binary",
         full_precision: bool = False,
@@ -56,32 +51,29 @@ class PCNN(OneBitClassifier):
         projection_init: ProjectionInit | None = None,
         reinit_projection: bool = False,
         activation_gradient: SignGradient = "clip",
-        **loop: Any,
+        **others: Any,
     ) -> None:
-        super().__init__(**loop)
+        super().__init__(**others)
         if projections < 1:
             raise ValueError(f"projections must be at least 1, but got {projections}")
         if stage not in ("ternary", "binary"):
             raise ValueError(f"stage must be one of ternary, binary, but got {stage!r}")
-        convolution = partial(
-            ProjectionConv2d,
-            projections=projections,
-            sigma=sigma,
-            projection_loss_weight=projection_loss_weight,
-            eta=eta,
-            projection_forward=projection_forward,
-            projection_init=projection_init,
-        )
-        net = build_backbone(
-            backbone,
-            self.hparams["num_classes"],
-            in_channels,
-            partial(nn.Conv2d, bias=False) if full_precision else convolution,
-            nn.Identity if full_precision else partial(SignActivation, activation_gradient),
-            stages=stages,
-            planes=projections,
-        )
-        self.use_network(net)
+
+        def convolution(*shape: int, planes: int = projections) -> ProjectionConv2d:
+            return ProjectionConv2d(
+                *shape,
+                projections=planes,
+                sigma=sigma,
+                projection_loss_weight=projection_loss_weight,
+                eta=eta,
+                projection_forward=projection_forward,
+                projection_init=projection_init,
+            )
+
+        if full_precision:
+            self.build_network(None, nn.Identity, projections)
+        else:
+            self.build_network(convolution, partial(SignActivation, activation_gradient), projections)
         self.set_stage("full_precision" if full_precision else stage)
         # Drawn once a run and kept in its checkpoints, so that a resumed run draws the same W at the switch.
         self.projection_seed = int(torch.randint(2**31, ()))
@@ -90,11 +82,6 @@ class PCNN(OneBitClassifier):
     def projection_layers(self) -> list[ProjectionConv2d]:
         """The projection convolutions, from input to output."""
         return [layer for layer in self.net.modules() if isinstance(layer, ProjectionConv2d)]
-
-    def penalty(self) -> Tensor:
-        """The projection loss (3.42) of all layers, weighted with λ."""
-        losses = [layer.projection_loss() for layer in self.projection_layers]
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         return [layer.projection for layer in self.projection_layers]

@@ -1,48 +1,19 @@
-"""Layers of 1-bit networks: thin modules over :mod:`pcnn_lightning.functional`, usable in any training loop."""
+"""The layer of projection convolutional networks."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcnn_lightning.functional import (
-    Levels,
-    ProjectionForward,
-    SignGradient,
-    eta_square,
-    project,
-    sign_activation,
-)
+from pcnn_lightning.functional import Levels, ProjectionForward, eta_square, project
+from pcnn_lightning.layers.checks import check_at_least, check_choice
+from pcnn_lightning.layers.convolution import QuantizedConv2d
 
 ProjectionInit = Literal["normal", "signs", "near_one", "ones"]
 
 
-class SignActivation(nn.Module):
-    """Binarise activations to -1 and +1; see :func:`pcnn_lightning.functional.sign_activation`.
-
-    Args:
-        gradient: ``"clip"`` passes the gradient where abs(x) <= 1, ``"polynomial"`` is Bi-Real Net's.
-
-    Raises:
-        ValueError: if ``gradient`` is neither.
-    """
-
-    def __init__(self, gradient: SignGradient = "clip") -> None:
-        super().__init__()
-        _check_choice("gradient", gradient, get_args(SignGradient))
-        self.gradient = gradient
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sign_activation(x, self.gradient)
-
-    def extra_repr(self) -> str:
-        return f"gradient={self.gradient!r}"
-
-
-class ProjectionConv2d(nn.Module):
+class ProjectionConv2d(QuantizedConv2d):
     r"""Convolution with kernels quantised through J learned projections (3.46-3.48): ``conv2d(x, D)``.
 
     It convolves its input as it is; put a :class:`SignActivation` in front for 1-bit activations. There is no bias
@@ -97,43 +68,25 @@ class ProjectionConv2d(nn.Module):
         projection_forward: ProjectionForward | None = None,
         projection_init: ProjectionInit | None = None,
     ) -> None:
-        super().__init__()
-        kernel_size = _pair("kernel_size", kernel_size, 1)
-        stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-        if isinstance(padding, str):
-            _check_choice("padding", padding, ("valid", "same"))
-            if padding == "same" and stride != (1, 1):
-                raise ValueError(f"padding 'same' needs stride 1, but got stride {stride}")
-        else:
-            padding = _pair("padding", padding, 0)
-        for name, count in (("in_channels", in_channels), ("out_channels", out_channels), ("projections", projections)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, but got {count!r}")
-        if out_channels % projections:
-            raise ValueError(f"projections must divide out_channels={out_channels}, but got {projections}")
-        if groups != 1:
-            raise ValueError(f"groups must be 1 (grouped projection convolutions are not supported), but got {groups}")
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, projections, "projections"
+        )
         if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be a positive number, but got {sigma!r}")
-        _check_at_least("projection_loss_weight", projection_loss_weight, 0)
-        _check_at_least("eta", eta, 0)
+        check_at_least("projection_loss_weight", projection_loss_weight, 0)
+        check_at_least("eta", eta, 0)
         if projection_forward is None:
             projection_forward = "mean" if projections == 1 else "full"
-        _check_choice("projection_forward", projection_forward, get_args(ProjectionForward))
+        check_choice("projection_forward", projection_forward, get_args(ProjectionForward))
         if projection_init is None:
             projection_init = "near_one" if projection_forward == "mean" else "normal"
-        _check_choice("projection_init", projection_init, get_args(ProjectionInit))
-
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        check_choice("projection_init", projection_init, get_args(ProjectionInit))
         self.projections, self.sigma, self.eta = projections, sigma, eta
-        self._loss_of_forward: Tensor | None = None
         self._step_sums: tuple[Tensor, Tensor] | None = None
         self.levels = levels
         self.projection_loss_weight = projection_loss_weight
         self.projection_forward, self.projection_init = projection_forward, projection_init
-        self.weight = nn.Parameter(torch.empty(out_channels // projections, in_channels, *kernel_size))
-        self.projection = nn.Parameter(torch.empty(projections, *kernel_size))
+        self.projection = nn.Parameter(torch.empty(projections, *self.kernel_size))
         self.reset_parameters()
 
     @property
@@ -143,13 +96,9 @@ class ProjectionConv2d(nn.Module):
 
     @levels.setter
     def levels(self, levels: Levels) -> None:
-        _check_choice("levels", levels, get_args(Levels))
+        check_choice("levels", levels, get_args(Levels))
         self._levels: Levels = levels
-        self._loss_of_forward = None  # it was of other levels
-
-    def train(self, mode: bool = True) -> "ProjectionConv2d":
-        self._loss_of_forward = None  # nobody asked for it; do not keep its graph
-        return super().train(mode)
+        self.forget_forward()
 
     def reset_parameters(self) -> None:
         """Draw C (He et al., for the fan-in of the kernels that convolve) and W anew."""
@@ -173,40 +122,11 @@ class ProjectionConv2d(nn.Module):
         else:
             drawn = torch.ones(shape)
         self.projection.copy_(drawn.to(dtype))
-        self._loss_of_forward = None  # it was of another W
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (B, in_channels, H, W) with D, as :func:`torch.nn.functional.conv2d` does.
-
-        Raises:
-            ValueError: if the input does not have ``in_channels`` channels.
-        """
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"expected an input of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}: "
-                f"this layer has in_channels={self.in_channels}"
-            )
-        quantized, loss = self._project()
-        if self.training and torch.is_grad_enabled():
-            # Kept for projection_loss(): its gradient needs the δ that will flow back through this very D.
-            self._loss_of_forward = loss
-        return F.conv2d(x, quantized, None, self.stride, self.padding, self.dilation)
+        self.forget_forward()
 
     def projection_loss(self) -> Tensor:
-        """This layer's share of 3.42, weighted with λ: a scalar, at least float32.
-
-        After a forward pass in training mode it belongs to that pass (once: it is handed out and forgotten);
-        otherwise it is computed from C and W as they are.
-        """
-        if self._loss_of_forward is None or not torch.is_grad_enabled():
-            return self._project()[1]
-        loss, self._loss_of_forward = self._loss_of_forward, None
-        return loss
-
-    @torch.no_grad()
-    def quantized_weight(self) -> Tensor:
-        """D as it convolves, (out_channels, in_channels, kh, kw), detached."""
-        return self._project()[0]
+        """This layer's share of the projection loss (3.42), weighted with λ; see :meth:`quantization_loss`."""
+        return self.quantization_loss()
 
     def sum_step_gradients(self) -> None:
         """Hold back the term of ``projection.grad`` that is quadratic in η until :meth:`add_eta_square`.
@@ -214,7 +134,7 @@ class ProjectionConv2d(nn.Module):
         All other gradients add up over micro-batches and average over processes; that one needs the δ of the whole
         step. A loop with one micro-batch and one process need not call this, nor one with η = 0.
         """
-        quantized, loss = self._project()
+        quantized, loss = self.quantize()
         zeros = (torch.zeros_like(quantized), torch.zeros_like(loss))
         self._step_sums = (zeros[0].requires_grad_(), zeros[1].requires_grad_())
 
@@ -237,7 +157,7 @@ class ProjectionConv2d(nn.Module):
             self.projection, delta, loss_weight=self.projection_loss_weight, eta=self.eta
         )
 
-    def _project(self) -> tuple[Tensor, Tensor]:
+    def quantize(self) -> tuple[Tensor, Tensor]:
         return project(
             self.weight,
             self.projection,
@@ -250,29 +170,10 @@ class ProjectionConv2d(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # What lives between forward and backward is no part of a copy; graph tensors cannot be copied at all.
-        return {**self.__dict__, "_loss_of_forward": None, "_step_sums": None}
+        return {**super().__getstate__(), "_step_sums": None}
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, projections={self.projections}, "
-            f"levels={self.levels!r}, projection_forward={self.projection_forward!r}"
+            f"{super().extra_repr()}, projections={self.projections}, levels={self.levels!r}, "
+            f"projection_forward={self.projection_forward!r}"
         )
-
-
-def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(item, int) and item >= minimum for item in pair):
-        raise ValueError(f"{name} must be an integer of at least {minimum} or a pair of them, but got {value!r}")
-    return (pair[0], pair[1])
-
-
-def _check_at_least(name: str, value: float, minimum: float) -> None:
-    if not isinstance(value, (int, float)) or not minimum <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least {minimum}, but got {value!r}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}")
