@@ -7,19 +7,21 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 import pcnn_lightning
 from pcnn_lightning import data  # noqa: F401  (makes its classes known to the parser by their short names)
-from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint
+from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint, StageProgressBar
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.modules import OneBitClassifier
+from pcnn_lightning.summary import NetworkSummary, summarize
 
 LINKED = {"num_classes": 10, "in_channels": 3}
 """What a model is told by its data, with the defaults that it has without them."""
@@ -56,6 +58,22 @@ class OneBitTrainer(Trainer):
         self.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
         super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
 
+    def summary(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        format: Literal["table", "csv", "json"] = "table",
+    ) -> None:
+        """Print parameters, memory and multiplications of each layer and of the whole network; nothing is trained.
+
+        Args:
+            model: The model to look at.
+            datamodule: The images, for their size; none is read but where their size is not known otherwise.
+            format: ``table``, ``csv`` or ``json``.
+        """
+        counts = summary_of(model, datamodule)
+        print({"table": counts.table, "csv": counts.to_csv, "json": counts.to_json}[format]())
+
 
 class Parser(LightningArgumentParser):
     """A parser that answers a mistake with the mistake alone; the usage, of 150 lines, is what --help is for."""
@@ -75,6 +93,10 @@ class SaveConfig(SaveConfigCallback):
 
 class OneBitCLI(LightningCLI):
     """LightningCLI with the model's shape linked to the data, and checkpoints read as the first layer of the config."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "summary": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
@@ -127,14 +149,42 @@ class OneBitCLI(LightningCLI):
             if given[name] not in (of_data, LINKED[name]):
                 raise InputError(f"model.{name} is {given[name]}, but the data have {of_data}: leave it to the data")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        wanted = self.config_init[self.config_init["subcommand"]]["trainer"]
+        given = wanted["callbacks"] if isinstance(wanted["callbacks"], list) else [wanted["callbacks"]]
+        if wanted["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in given):
+            self.trainer_defaults["callbacks"] = [StageProgressBar()]
+        # In place of Lightning's summary, which knows no bits, there is before_fit.
+        return super().instantiate_trainer(enable_model_summary=False, **kwargs)
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        wanted = self.config["fit"]["trainer"]["enable_model_summary"] is not False
+        if wanted and hasattr(self.datamodule, "image_shape"):
+            print(summary_of(self.model, self.datamodule).table(), end="\n\n")
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "summary":
+            return kwargs
         path = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
         if path is None and subcommand != "fit":
             raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
         if path is not None:
             load_checkpoint(path)  # for its message, should the file be damaged
         return {**kwargs, "ckpt_path": path}
+
+
+def summary_of(model: LightningModule, datamodule: LightningDataModule) -> NetworkSummary:
+    """What a model's network costs on images of the data's size.
+
+    Raises:
+        InputError: if the data, of a class of the user's own, do not say it.
+    """
+    assert isinstance(model, OneBitClassifier)
+    if not hasattr(datamodule, "image_shape"):
+        raise InputError(f"{type(datamodule).__name__} has no image_shape (channels, height, width) to summarise for")
+    return summarize(model.net, datamodule.image_shape)
 
 
 def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
@@ -183,7 +233,7 @@ def main(args: ArgsType = None) -> OneBitCLI:
                 "prog": "pcnn_lightning",
                 "version": pcnn_lightning.__version__,
                 "description": "Train 1-bit convolutional networks.",
-                **dict.fromkeys(("fit", "validate", "test", "predict"), strict),
+                **dict.fromkeys(OneBitCLI.subcommands(), strict),
             },
             args=args,
         )

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
 
 from pcnn_lightning import PCNN, LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
+from pcnn_lightning.callbacks import StageProgressBar
 from pcnn_lightning.callbacks.loss_curves import draw_losses
 from pcnn_lightning.errors import InputError
 
@@ -303,3 +304,42 @@ def test_predictions_are_written_in_order(tmp_path):
     assert [row["image"] for row in rows] == [str(index) for index in range(len(labels))]
     assert [row["label"] for row in rows] == [data.classes[label] for label in labels]
     assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+# The progress bar.
+
+
+def test_the_progress_bar_shows_the_stage_the_rates_and_numbers_that_nothing_waits_for():
+    shown = []
+
+    class Bar(StageProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            shown.append(super().get_metrics(trainer, pl_module))
+            return shown[-1]
+
+    model = tiny_pcnn(stage="ternary", eta1=0.05, eta2=0.01)
+    fit(
+        model,
+        max_epochs=2,
+        callbacks=[Bar(), StageSwitch(1)],
+        enable_progress_bar=True,
+        log_every_n_steps=2,
+    )
+    assert not any(isinstance(value, torch.Tensor) for metrics in shown for value in metrics.values())
+    assert "loss" not in shown[0]  # after one batch of two
+    assert float(shown[1]["loss"]) > 0
+    assert (shown[1]["η₁"], shown[1]["η₂"]) == ("0.05", "0.01")
+    assert [metrics["stage"] for metrics in (shown[0], shown[-1])] == ["ternary", "binary"]
+    assert "accuracy" in shown[-1]
+
+
+def test_the_best_of_each_stage_is_with_the_hyperparameters(tmp_path):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    keep = StageCheckpoint(str(tmp_path / "kept"))
+    callbacks = [StageSwitch(1), keep]
+    fit(tiny_pcnn(stage="ternary"), max_epochs=2, logger=logger, callbacks=callbacks, enable_checkpointing=True)
+    events = EventAccumulator(logger.log_dir).Reload()
+    found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith("best/")}
+    assert found == {f"best/{stage}": pytest.approx(best["value"]) for stage, best in keep.stages.items()}
+    assert list(found) == ["best/ternary", "best/binary"]
+    assert any("hparams" in tag for tag in events.summary_metadata)

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -732,3 +733,35 @@ class TestConfigs:
         assert run.code == 0, run.err
         assert run.cli.trainer.global_step == 1
         assert not list(tmp_path.rglob("*.ckpt"))
+
+
+# What a network costs.
+
+
+def test_summary_in_three_formats(command):
+    table, csv_text, json_text = (
+        command("summary", *DIGITS, *NETWORK, *QUIET, f"--format={form}").out for form in ("table", "csv", "json")
+    )
+    assert "full-precision twin" in table
+    total = json.loads(json_text)["total"]
+    assert json.loads(json_text)["image_shape"] == [1, 8, 8]
+    *_, last = csv.DictReader(csv_text.splitlines())
+    assert {name: str(value) for name, value in total.items() if isinstance(value, int)}.items() <= last.items()
+    # Stage 1 to 3 of 4 channels: three 3×3 convolutions of 4×4 kernels each.
+    assert total["parameters_1bit"] == 3 * 4 * 4 * 9
+    assert f"{total['parameters_1bit']:,}" in table
+
+
+def test_fit_prints_the_summary_of_the_stage_it_starts_in_unless_told_not_to(command):
+    arguments = [argument for argument in FIT if argument != "--trainer.enable_model_summary=false"]
+    assert "Compression: " in command(*arguments, "--model.stage=ternary", "--trainer.limit_train_batches=1").out
+    assert "Compression: " not in command(*FIT, "--trainer.limit_train_batches=1").out
+
+
+def test_summary_of_data_that_do_not_say_their_size(command):
+    run = command("summary", "--data=test_cli.WrongLabels", "--data.label=0", *NETWORK, *QUIET)
+    run.is_refused("WrongLabels has no image_shape")
+
+
+def test_an_unknown_summary_format(command):
+    command("summary", *DIGITS, *NETWORK, *QUIET, "--format=html").is_usage_error("format", "html")

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from pcnn_lightning.errors import InputError, check_writable
 
@@ -68,6 +69,10 @@ class StageCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero and self.stages:
             print(f"\n{self.table()}")
+            best = {f"best/{stage}": best["value"] for stage, best in self.stages.items() if best["value"] is not None}
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.log_hyperparams(dict(pl_module.hparams), best)  # for its page of hyperparameters
 
     def table(self) -> str:
         """Best accuracy and epoch of each stage, a line a stage."""

@@ -56,6 +56,8 @@ class ImageDataModule(LightningDataModule, ABC):
     """Per channel, of pixels scaled to 0..1; fixed numbers, so that a deployed network can be fed alike."""
     std: ClassVar[tuple[float, ...]]
     """Per channel, of pixels scaled to 0..1."""
+    side: ClassVar[int]
+    """Of the images as they come, in pixels."""
 
     def __init__(
         self,
@@ -95,6 +97,12 @@ class ImageDataModule(LightningDataModule, ABC):
     def in_channels(self) -> int:
         """Channels of an image: 1 for grey, 3 for RGB."""
         return len(self.mean)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what a network is given."""
+        side = self.side if self.image_size is None else self.image_size
+        return self.in_channels, side, side
 
     @abstractmethod
     def load(self, split: Split) -> ImageSet | None:

@@ -29,6 +29,7 @@ class Digits(ImageDataModule):
     classes = [str(digit) for digit in range(10)]
     mean = (0.3049,)
     std = (0.3185,)
+    side = 8
 
     def __init__(self, crop_padding: int = 1, flip: bool = False, image_size: int | None = 16, **kwargs: Any) -> None:
         super().__init__(crop_padding=crop_padding, flip=flip, image_size=image_size, **kwargs)

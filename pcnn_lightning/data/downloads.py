@@ -66,6 +66,7 @@ class MNIST(DownloadedImages):
 
     source = datasets.MNIST
     folder = "MNIST/raw"
+    side = 28
     classes = [str(digit) for digit in range(10)]
     mean = (0.1307,)
     std = (0.3081,)
@@ -79,6 +80,7 @@ class FashionMNIST(DownloadedImages):
 
     source = datasets.FashionMNIST
     folder = "FashionMNIST/raw"
+    side = 28
     classes = datasets.FashionMNIST.classes
     mean = (0.2860,)
     std = (0.3530,)
@@ -92,6 +94,7 @@ class CIFAR10(DownloadedImages):
 
     source = datasets.CIFAR10
     folder = "cifar-10-batches-py"
+    side = 32
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
@@ -105,6 +108,7 @@ class CIFAR100(DownloadedImages):
 
     source = datasets.CIFAR100
     folder = "cifar-100-python"
+    side = 32
     classes = (  # noqa: SIM905  # two hundred quotation marks would not make it clearer
         "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
         "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "

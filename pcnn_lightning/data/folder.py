@@ -46,6 +46,7 @@ class ImageFolder(ImageDataModule):
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
+    side = 224  # of images read from disk
 
     def __init__(
         self,
@@ -62,6 +63,11 @@ class ImageFolder(ImageDataModule):
         self.in_memory = in_memory
         self.predict_dir = None if predict_dir is None else Path(predict_dir).expanduser()
         self.classes = _agreed_classes(self.root)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        width, height = self._memory_size or (self.image_size or self.side,) * 2
+        return self.in_channels, height, width
 
     def load(self, split: Split) -> ImageSet | None:
         return self._images(*self._files[split]) if split in self._files else None
@@ -109,7 +115,7 @@ class ImageFolder(ImageDataModule):
     def _images(self, files: Sequence[str], labels: Tensor | None = None) -> ImageSet:
         size = self._memory_size
         if size is None:
-            return DiskImages(files=files, labels=labels, size=self.image_size or 224)
+            return DiskImages(files=files, labels=labels, size=self.image_size or self.side)
         return MemoryImages(images=decode_all(files, size, fit=self.image_size is not None), labels=labels)
 
 

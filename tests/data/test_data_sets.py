@@ -225,3 +225,20 @@ def test_images_without_labels(tmp_path):
     write_idx(tmp_path / "MNIST/raw", "t10k", np.zeros((20, 28, 28)), np.zeros(19))
     with pytest.raises(InputError, match="20 images but 19 labels"):
         MNIST(root=str(tmp_path)).setup("test")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (Digits, (1, 8, 8)),
+        (MNIST, (1, 28, 28)),
+        (FashionMNIST, (1, 28, 28)),
+        (CIFAR10, (3, 32, 32)),
+        (CIFAR100, (3, 32, 32)),
+    ],
+)
+def test_the_shape_of_images_is_known_before_they_are_read(kind, shape):
+    assert kind(image_size=None).image_shape == shape
+    assert kind(image_size=20).image_shape == (shape[0], 20, 20)
+    if kind is Digits:
+        assert kind(image_size=None).test_set.images.shape[1:] == shape

@@ -174,3 +174,15 @@ def test_validating_needs_no_training_images(tmp_path):
     data = ImageFolder(str(root))
     data.setup("validate")
     assert len(data.val_set) == 10
+
+
+@pytest.mark.parametrize(("options", "shape"), [({}, (3, 8, 10)), ({"image_size": 6}, (3, 6, 6))])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_shape_of_images_is_known_before_they_are_read(tmp_path, in_memory, options, shape):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (10, 8)).save(tmp_path / split / "cat" / "0.png")
+    data = ImageFolder(str(tmp_path), in_memory=in_memory, **options)
+    expected = shape if in_memory or options else (3, 224, 224)
+    assert data.image_shape == expected
+    assert tuple(data.test_set.__getitems__([0]).images.shape[1:]) == expected

@@ -1,0 +1,270 @@
+"""Finished runs laid over each other: their curves in one picture, their best epochs in one table."""
+
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from pcnn_lightning.errors import InputError, check_writable
+
+EVENTS = "events.out.tfevents.*"
+STAGES = {0: "full_precision", 1: "ternary", 2: "binary"}
+"""What the logged ``stage`` means; said again here, so that whoever compares does not wait for Lightning."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
+"""Okabe and Ito's, which colour-blind readers can tell apart, with grey for their yellow, too faint for a line."""
+STYLES = [(colour, marker) for marker in ("", "o", "s", "^") for colour in COLOURS]
+UNITS = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy (nats)", "loss": "loss (nats)"}
+
+Curve = list[tuple[int, float]]
+"""Epochs and values, in the order of logging; an epoch may have several."""
+
+
+@dataclass
+class Run:
+    """What one run has left: its folder, its curves by their logged names, and what it was told."""
+
+    folder: Path
+    curves: dict[str, Curve]
+    settings: dict[str, Any]
+    label: str = ""
+
+    def stages(self) -> dict[int, str]:
+        """The stage of each epoch, in their order; empty if none was logged."""
+        return {epoch: STAGES.get(int(stage), f"stage {stage:g}") for epoch, stage in self.curves.get("stage", [])}
+
+    def best(self, metric: str, stage: str) -> tuple[int, float] | None:
+        """Epoch and value of the first best validation in ``stage``, which is any if no stage was logged."""
+        stages = self.stages()
+        last = list(stages.values())[-1] if stages else stage  # an epoch that was broken off has logged none
+        points = [point for point in self.curves[f"val/{metric}"] if stages.get(point[0], last) == stage]
+        numbers = [point for point in points if math.isfinite(point[1])]
+        better = max if "accuracy" in metric else min
+        return better(numbers, key=lambda point: point[1]) if numbers else None
+
+    def last(self, name: str) -> float | None:
+        """The last value logged as ``name``."""
+        return self.curves[name][-1][1] if self.curves.get(name) else None
+
+
+def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", metric: str = "accuracy") -> str:
+    """Draw the curves of several runs into one picture and return their best epochs as a table.
+
+    Args:
+        runs: folders of logs, such as ``runs/digits/version_0``. In a folder above such ones, the newest training run
+            is taken; what ``test`` or ``validate`` have logged is passed over.
+        output: the picture to write.
+        metric: what is compared, logged as ``train/...`` and ``val/...``. More is better if its name has ``accuracy``
+            in it, else less.
+
+    Raises:
+        InputError: if a folder holds no such run, or the picture cannot be written.
+    """
+    if not runs:
+        raise InputError("no runs to compare: name at least one folder of logs")
+    if len(runs) > len(STYLES):
+        raise InputError(f"{len(runs)} runs cannot be told apart in one picture: name at most {len(STYLES)}")
+    found = [read_run(Path(run), metric) for run in runs]
+    for folder, times in Counter(run.folder.resolve() for run in found).items():
+        if times > 1:
+            raise InputError(f"{folder} is named {times} times: name each run's own version_N")
+    label_runs(found)
+    check_writable(Path(output).parent)
+    try:
+        draw_runs(found, metric).savefig(output)
+    except (OSError, ValueError) as error:  # a folder of that name, or an ending that is no picture's
+        raise InputError(f"cannot write {output}: {error}") from error
+    return table(found, metric)
+
+
+def read_run(path: Path, metric: str = "accuracy") -> Run:
+    """The run whose logs are in ``path``, or the newest training run in the folders below it.
+
+    Raises:
+        InputError: if there is none with validations of ``metric``.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such folder")
+    files = sorted(path.glob(EVENTS) if any(path.glob(EVENTS)) else path.rglob(EVENTS), key=_start, reverse=True)
+    if not files:
+        raise InputError(f"{path} holds no TensorBoard logs ({EVENTS}), nor does a folder below it")
+    held = set()
+    for folder in dict.fromkeys(file.parent for file in files):
+        curves = read_curves(folder)
+        if f"val/{metric}" in curves and any(name.startswith("train/") for name in curves):
+            return Run(folder, curves, read_settings(folder))
+        held.update(curves)
+    raise InputError(
+        f"{path} holds no training run with val/{metric}; what was logged there: {', '.join(sorted(held)) or 'nothing'}"
+    )
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """All scalars in the event files of ``folder``, against epochs.
+
+    A damaged file is read up to the damage. Each file is a process's; one that resumed the run goes over the same
+    epochs again, and what it says counts.
+    """
+    curves: dict[str, Curve] = defaultdict(list)
+    for file in sorted(folder.glob(EVENTS), key=_start):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: keep every point
+        names = events.Tags()["scalars"]
+        # Lightning logs the epoch beside whatever it logs; the first at a step, since tests after training count on.
+        epochs = {event.step: int(event.value) for event in reversed(events.Scalars("epoch") if "epoch" in names else [])}
+        for name in names:
+            points = [(epochs[event.step], event.value) for event in events.Scalars(name) if event.step in epochs]
+            if points:
+                curves[name] = [point for point in curves[name] if point[0] < points[0][0]] + points
+    return dict(curves)
+
+
+def _start(file: Path) -> list[int]:
+    """Event files in their order: names begin with the second, and end with process and count within it."""
+    return [int(number) for number in re.findall(r"\d+", file.name)]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the run was told, by name: model, hyperparameters, data, seed and length, as far as they are on record."""
+    config = _read_yaml(folder / "config.yaml")
+    settings: dict[str, Any] = {}
+    for part, prefix in (("model", ""), ("data", "data.")):
+        given = config.get(part) or {}
+        if "class_path" in given:
+            settings[part] = given["class_path"].rsplit(".", 1)[-1]
+        arguments = given.get("init_args", {}) if part == "data" else _read_yaml(folder / "hparams.yaml")
+        settings |= {f"{prefix}{name}": value for name, value in arguments.items() if not name.startswith("_")}
+    if config:
+        settings |= {"max_epochs": config["trainer"]["max_epochs"], "seed_everything": config["seed_everything"]}
+    return settings
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.full_load(file.read_text(encoding="utf-8"))  # as Lightning does: a tuple is one to it
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}  # labels are all that comes of it, and the folders' names will do
+    return content if isinstance(content, dict) else {}
+
+
+def label_runs(runs: Sequence[Run]) -> None:
+    """Label each run by the settings in which the runs differ, and by its folder where that does not tell them apart.
+
+    Of the settings that only one family has, those count that differ within the family.
+    """
+    told = [{name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in run.settings.items()}
+            for run in runs]
+    values: dict[str, set[str]] = defaultdict(set)
+    for settings in told:
+        for name, value in settings.items():
+            values[name].add(value)
+    for run, settings in zip(runs, told, strict=True):
+        run.label = ", ".join(f"{name}={settings[name]}" for name in values if len(values[name]) > 1 and name in settings)
+    times = Counter(run.label for run in runs)
+    common = os.path.commonpath([run.folder.resolve().parent for run in runs])
+    for run in runs:
+        if not run.label or times[run.label] > 1:
+            folder = run.folder.resolve().relative_to(common).as_posix()
+            run.label = f"{run.label} ({folder})" if run.label else folder
+
+
+def table(runs: Sequence[Run], metric: str = "accuracy") -> str:
+    """Best validation of each stage with its epoch, last values, and a test's if there was one; a line a run."""
+    occurring = {stage for run in runs for stage in run.stages().values()}
+    stages = [stage for stage in STAGES.values() if stage in occurring] or [""]
+    tested = any(run.last(f"test/{metric}") is not None for run in runs)
+    header = ["run"]
+    for stage in stages:
+        header += [f"{stage} best val".strip(), "epoch"]
+    rows = [[*header, "last val", "last train", *(["test"] if tested else []), "logs"]]
+    for run in runs:
+        row = [run.label]
+        for stage in stages:
+            epoch, value = run.best(metric, stage) or ("-", None)
+            row += [_say(value, metric), str(epoch)]
+        splits = ["val", "train", *(["test"] if tested else [])]
+        rows.append([*row, *(_say(run.last(f"{split}/{metric}"), metric) for split in splits), str(run.folder)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *numbers, logs in rows:
+        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *cells, logs]))
+    return "\n".join(lines)
+
+
+def _say(value: float | None, metric: str) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if "accuracy" in metric else f"{value:.4f}"
+
+
+def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:
+    """Curves against epochs, training solid and validation dashed, a colour a run, dotted where a stage changes.
+
+    Cross-entropy is drawn beside ``metric``: of all losses it alone means the same whatever the weight of the others.
+    """
+    panels = [metric, *(["cross_entropy"] if metric != "cross_entropy" else [])]
+    panels = [name for name in panels if any(f"val/{name}" in run.curves for run in runs)]
+    labels = [fill(run.label, 90) for run in runs]
+    columns = 2 if len(runs) > 2 and max(map(len, labels)) <= 40 else 1
+    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
+    figure = Figure(figsize=(8, 3.9 + 0.2 * lines), dpi=120, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for run, (colour, marker) in zip(runs, STYLES, strict=False):
+            _draw_run(axes, run, name, colour, marker)
+        _draw_changes(axes, runs)
+        axes.set(xlabel="epoch", ylabel=UNITS.get(name, name), yscale="linear" if "accuracy" in name else "log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    strokes = [("-", "training"), ("--", "validation")]
+    strokes += [(":", change) for change in dict.fromkeys(what for run in runs for _, what in _changes(run))]
+    for entries, place, width in (
+        ([Line2D([], [], color="0.3", linestyle=dash, label=what) for dash, what in strokes], "upper", len(strokes)),
+        ([Line2D([], [], color=colour, marker=marker, label=label)
+          for label, (colour, marker) in zip(labels, STYLES, strict=False)], "lower", columns),
+    ):
+        figure.legend(handles=entries, loc=f"outside {place} center", ncols=width, frameon=False, fontsize="medium")
+    return figure
+
+
+def _draw_run(axes: Axes, run: Run, name: str, colour: str, marker: str) -> None:
+    scale = 100 if "accuracy" in name else 1
+    for split, dash in (("train", "-"), ("val", "--")):
+        points = dict(run.curves.get(f"{split}/{name}", []))  # of several in an epoch the last
+        few = "." if len(points) == 1 else marker  # a line of one point would not be seen
+        axes.plot(
+            list(points),
+            [scale * value for value in points.values()],
+            dash,
+            color=colour,
+            marker=few,
+            markersize=5,
+            markevery=max(1, len(points) // 8),
+            linewidth=1.4,
+        )
+
+
+def _changes(run: Run) -> list[tuple[float, str]]:
+    return [(epoch - 0.5, f"{old} to {new}") for (_, old), (epoch, new) in pairwise(run.stages().items()) if old != new]
+
+
+def _draw_changes(axes: Axes, runs: Sequence[Run]) -> None:
+    """A line in the run's colour, or in grey where several runs change together."""
+    colours: dict[float, list[str]] = defaultdict(list)
+    for run, (colour, _) in zip(runs, STYLES, strict=False):
+        for epoch, _ in _changes(run):
+            colours[epoch].append(colour)
+    for epoch, of_runs in colours.items():
+        axes.axvline(epoch, color=of_runs[0] if len(of_runs) == 1 else "0.3", linewidth=1, linestyle=":")
