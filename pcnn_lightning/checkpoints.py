@@ -1,11 +1,47 @@
-"""Reading checkpoints, and saying in one line what is wrong with one."""
+"""Writing checkpoints so that none is ever half there, reading them, and saying in one line what is wrong with one."""
 
+import io
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from pcnn_lightning.errors import InputError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is whole and on the disk.
+
+    Whatever happens meanwhile, a full disk or ``kill -9``, the file that was there before stays as it was. Lightning
+    writes into the system's temporary folder instead, from where a move may be a copy.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``, a local file.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        place, content = Path(path), io.BytesIO()
+        torch.save(checkpoint, content)
+        unfinished = place.with_name(f"{place.name}.part")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(place)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise InputError(
+                f"checkpoint {place} cannot be written ({error.strerror}); what was there before is whole"
+            ) from error
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

@@ -7,19 +7,21 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import pcnn_lightning
 from pcnn_lightning import data  # noqa: F401  (makes its classes known to the parser by their short names)
 from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint, StageProgressBar
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.errors import DivergedError, InputError
+from pcnn_lightning.interruption import Interruption
 from pcnn_lightning.modules import OneBitClassifier
 from pcnn_lightning.summary import NetworkSummary, summarize
 
@@ -163,6 +165,14 @@ class OneBitCLI(LightningCLI):
         if wanted and hasattr(self.datamodule, "image_shape"):
             print(summary_of(self.model, self.datamodule).table(), end="\n\n")
 
+    def after_fit(self) -> None:
+        path = self.trainer.ckpt_path
+        if path is not None and self.trainer.global_step == self._step_before:
+            raise InputError(
+                f"{path} has trained for {self.trainer.current_epoch} epochs already: "
+                "set trainer.max_epochs (or max_steps) higher to go on"
+            )
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "summary":
@@ -171,7 +181,7 @@ class OneBitCLI(LightningCLI):
         if path is None and subcommand != "fit":
             raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
         if path is not None:
-            load_checkpoint(path)  # for its message, should the file be damaged
+            self._step_before = load_checkpoint(path)["global_step"]
         return {**kwargs, "ckpt_path": path}
 
 
@@ -216,34 +226,45 @@ def main(args: ArgsType = None) -> OneBitCLI:
         warnings.filterwarnings("ignore", message=noise)
     # Lightning advertises other products in the log of every run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
-    try:
-        return OneBitCLI(
-            OneBitClassifier,
-            LightningDataModule,
-            trainer_class=OneBitTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            parser_kwargs={
-                **strict,
-                "prog": "pcnn_lightning",
-                "version": pcnn_lightning.__version__,
-                "description": "Train 1-bit convolutional networks.",
-                **dict.fromkeys(OneBitCLI.subcommands(), strict),
-            },
-            args=args,
-        )
-    except (InputError, DivergedError, MisconfigurationException) as error:
-        if "PCNN_LIGHTNING_TRACEBACK" in os.environ:
-            raise
-        # A loader's worker sends its traceback along; the message is what follows the error's name.
-        message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
-        print(f"pcnn_lightning: error: {message}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, DivergedError) else 2)
+    with Interruption() as interruption:
+        try:
+            return OneBitCLI(
+                OneBitClassifier,
+                LightningDataModule,
+                trainer_class=OneBitTrainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                parser_kwargs={
+                    **strict,
+                    "prog": "pcnn_lightning",
+                    "version": pcnn_lightning.__version__,
+                    "description": "Train 1-bit convolutional networks.",
+                    **dict.fromkeys(OneBitCLI.subcommands(), strict),
+                },
+                args=args,
+            )
+        except (InputError, DivergedError, MisconfigurationException) as error:
+            if "PCNN_LIGHTNING_TRACEBACK" in os.environ:
+                raise
+            # A loader's worker sends its traceback along; the message is what follows the error's name.
+            message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
+            _fail(message, 1 if isinstance(error, DivergedError) else 2)
+        except OSError as error:
+            if "PCNN_LIGHTNING_TRACEBACK" in os.environ or error.strerror is None:
+                raise
+            _fail(f"{error.strerror}: {error.filename or 'while writing a file of the run'}", 2)
+        except SIGTERMException:
+            sys.exit(interruption.status)  # Lightning's own would be that of success
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"pcnn_lightning: error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _model_config(path: str) -> str:

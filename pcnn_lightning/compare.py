@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from pcnn_lightning.errors import InputError, check_writable
@@ -27,6 +27,7 @@ STAGES = {0: "full_precision", 1: "ternary", 2: "binary"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
 """Okabe and Ito's, which colour-blind readers can tell apart, with grey for their yellow, too faint for a line."""
 STYLES = [(colour, marker) for marker in ("", "o", "s", "^") for colour in COLOURS]
+GREY = "0.3"
 UNITS = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy (nats)", "loss": "loss (nats)"}
 
 Curve = list[tuple[int, float]]
@@ -44,16 +45,24 @@ class Run:
 
     def stages(self) -> dict[int, str]:
         """The stage of each epoch, in their order; empty if none was logged."""
-        return {epoch: STAGES.get(int(stage), f"stage {stage:g}") for epoch, stage in self.curves.get("stage", [])}
+        return {epoch: STAGES.get(int(stage), "") for epoch, stage in self.curves.get("stage", [])}
 
     def best(self, metric: str, stage: str) -> tuple[int, float] | None:
-        """Epoch and value of the first best validation in ``stage``, which is any if no stage was logged."""
+        """Epoch and value of the first best validation in ``stage``, which is "" if no stage was logged."""
         stages = self.stages()
-        last = list(stages.values())[-1] if stages else stage  # an epoch that was broken off has logged none
-        points = [point for point in self.curves[f"val/{metric}"] if stages.get(point[0], last) == stage]
-        numbers = [point for point in points if math.isfinite(point[1])]
+        latest = next(reversed(stages.values()), "")  # an epoch that was broken off has validated, but logged no stage
+        points = [
+            (epoch, value)
+            for epoch, value in self.curves[f"val/{metric}"]
+            if stages.get(epoch, latest) == stage and math.isfinite(value)
+        ]
         better = max if "accuracy" in metric else min
-        return better(numbers, key=lambda point: point[1]) if numbers else None
+        return better(points, key=lambda point: point[1], default=None)
+
+    def changes(self) -> list[tuple[float, str]]:
+        """Where on the axis of epochs a stage ended, and which followed on which."""
+        stages = pairwise(self.stages().items())
+        return [(epoch - 0.5, f"{old} to {new}") for (_, old), (epoch, new) in stages if old != new]
 
     def last(self, name: str) -> float | None:
         """The last value logged as ``name``."""
@@ -83,8 +92,9 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", m
             raise InputError(f"{folder} is named {times} times: name each run's own version_N")
     label_runs(found)
     check_writable(Path(output).parent)
+    figure = draw_runs(found, metric)
     try:
-        draw_runs(found, metric).savefig(output)
+        figure.savefig(output)
     except (OSError, ValueError) as error:  # a folder of that name, or an ending that is no picture's
         raise InputError(f"cannot write {output}: {error}") from error
     return table(found, metric)
@@ -98,11 +108,11 @@ def read_run(path: Path, metric: str = "accuracy") -> Run:
     """
     if not path.is_dir():
         raise InputError(f"{path}: there is no such folder")
-    files = sorted(path.glob(EVENTS) if any(path.glob(EVENTS)) else path.rglob(EVENTS), key=_start, reverse=True)
+    files = list(path.glob(EVENTS)) or list(path.rglob(EVENTS))
     if not files:
         raise InputError(f"{path} holds no TensorBoard logs ({EVENTS}), nor does a folder below it")
-    held = set()
-    for folder in dict.fromkeys(file.parent for file in files):
+    held: set[str] = set()
+    for folder in dict.fromkeys(file.parent for file in sorted(files, key=_start, reverse=True)):
         curves = read_curves(folder)
         if f"val/{metric}" in curves and any(name.startswith("train/") for name in curves):
             return Run(folder, curves, read_settings(folder))
@@ -122,8 +132,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     for file in sorted(folder.glob(EVENTS), key=_start):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: keep every point
         names = events.Tags()["scalars"]
-        # Lightning logs the epoch beside whatever it logs; the first at a step, since tests after training count on.
-        epochs = {event.step: int(event.value) for event in reversed(events.Scalars("epoch") if "epoch" in names else [])}
+        if "epoch" not in names:  # Lightning logs it beside whatever it logs
+            continue
+        epochs = {event.step: int(event.value) for event in events.Scalars("epoch")}
         for name in names:
             points = [(epochs[event.step], event.value) for event in events.Scalars(name) if event.step in epochs]
             if points:
@@ -139,16 +150,16 @@ def _start(file: Path) -> list[int]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """What the run was told, by name: model, hyperparameters, data, seed and length, as far as they are on record."""
     config = _read_yaml(folder / "config.yaml")
-    settings: dict[str, Any] = {}
-    for part, prefix in (("model", ""), ("data", "data.")):
-        given = config.get(part) or {}
-        if "class_path" in given:
-            settings[part] = given["class_path"].rsplit(".", 1)[-1]
-        arguments = given.get("init_args", {}) if part == "data" else _read_yaml(folder / "hparams.yaml")
-        settings |= {f"{prefix}{name}": value for name, value in arguments.items() if not name.startswith("_")}
-    if config:
-        settings |= {"max_epochs": config["trainer"]["max_epochs"], "seed_everything": config["seed_everything"]}
-    return settings
+    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
+    settings = {
+        "model": model.get("class_path", "").rpartition(".")[2],
+        **_read_yaml(folder / "hparams.yaml"),
+        "data": data.get("class_path", "").rpartition(".")[2],
+        **{f"data.{name}": value for name, value in (data.get("init_args") or {}).items()},
+        "max_epochs": trainer.get("max_epochs", ""),
+        "seed_everything": config.get("seed_everything", ""),
+    }
+    return {name: value for name, value in settings.items() if value != "" and not name.startswith("_")}
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -164,14 +175,18 @@ def label_runs(runs: Sequence[Run]) -> None:
 
     Of the settings that only one family has, those count that differ within the family.
     """
-    told = [{name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in run.settings.items()}
-            for run in runs]
+    told = [
+        {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in run.settings.items()}
+        for run in runs
+    ]
     values: dict[str, set[str]] = defaultdict(set)
     for settings in told:
         for name, value in settings.items():
             values[name].add(value)
     for run, settings in zip(runs, told, strict=True):
-        run.label = ", ".join(f"{name}={settings[name]}" for name in values if len(values[name]) > 1 and name in settings)
+        run.label = ", ".join(
+            f"{name}={settings[name]}" for name in values if len(values[name]) > 1 and name in settings
+        )
     times = Counter(run.label for run in runs)
     common = os.path.commonpath([run.folder.resolve().parent for run in runs])
     for run in runs:
@@ -182,8 +197,8 @@ def label_runs(runs: Sequence[Run]) -> None:
 
 def table(runs: Sequence[Run], metric: str = "accuracy") -> str:
     """Best validation of each stage with its epoch, last values, and a test's if there was one; a line a run."""
-    occurring = {stage for run in runs for stage in run.stages().values()}
-    stages = [stage for stage in STAGES.values() if stage in occurring] or [""]
+    occurring = {stage for run in runs for stage in run.stages().values() or [""]}
+    stages = [stage for stage in (*STAGES.values(), "") if stage in occurring]
     tested = any(run.last(f"test/{metric}") is not None for run in runs)
     header = ["run"]
     for stage in stages:
@@ -215,56 +230,47 @@ def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:
 
     Cross-entropy is drawn beside ``metric``: of all losses it alone means the same whatever the weight of the others.
     """
-    panels = [metric, *(["cross_entropy"] if metric != "cross_entropy" else [])]
-    panels = [name for name in panels if any(f"val/{name}" in run.curves for run in runs)]
-    labels = [fill(run.label, 90) for run in runs]
+    panels = [
+        name for name in dict.fromkeys((metric, "cross_entropy")) if any(f"val/{name}" in run.curves for run in runs)
+    ]
+    styled = list(zip(runs, STYLES, strict=False))
+    labels = [fill(run.label, 90, break_on_hyphens=False) for run in runs]
     columns = 2 if len(runs) > 2 and max(map(len, labels)) <= 40 else 1
-    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
-    figure = Figure(figsize=(8, 3.9 + 0.2 * lines), dpi=120, layout="constrained")
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure = Figure(figsize=(8, 3.9 + 0.2 * math.ceil(lines)), dpi=120, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for run, (colour, marker) in zip(runs, STYLES, strict=False):
+        for run, (colour, marker) in styled:
             _draw_run(axes, run, name, colour, marker)
-        _draw_changes(axes, runs)
-        axes.set(xlabel="epoch", ylabel=UNITS.get(name, name), yscale="linear" if "accuracy" in name else "log")
+        axes.set(xlabel="epoch", ylabel=UNITS.get(name, name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
-    strokes = [("-", "training"), ("--", "validation")]
-    strokes += [(":", change) for change in dict.fromkeys(what for run in runs for _, what in _changes(run))]
-    for entries, place, width in (
-        ([Line2D([], [], color="0.3", linestyle=dash, label=what) for dash, what in strokes], "upper", len(strokes)),
-        ([Line2D([], [], color=colour, marker=marker, label=label)
-          for label, (colour, marker) in zip(labels, STYLES, strict=False)], "lower", columns),
-    ):
-        figure.legend(handles=entries, loc=f"outside {place} center", ncols=width, frameon=False, fontsize="medium")
+        if "accuracy" not in name and axes.dataLim.y1 > 10 * axes.dataLim.minposy:  # a loss that fell by a decade
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        changes: dict[float, list[str]] = defaultdict(list)
+        for run, (colour, _) in styled:
+            for epoch, _ in run.changes():
+                changes[epoch].append(colour)
+        for epoch, colours in changes.items():  # grey where several runs change together
+            axes.axvline(epoch, color=colours[0] if len(colours) == 1 else GREY, linewidth=1, linestyle=":")
+    what = dict.fromkeys(change for run in runs for _, change in run.changes())
+    strokes: dict[str, Any] = {"training": "-", "validation": "--"} | dict.fromkeys(what, ":")
+    kinds = [Line2D([], [], color=GREY, linestyle=dash, label=label) for label, dash in strokes.items()]
+    figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
+    own = [
+        Line2D([], [], color=colour, marker=marker, label=label)
+        for label, (_, (colour, marker)) in zip(labels, styled, strict=True)
+    ]
+    figure.legend(handles=own, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def _draw_run(axes: Axes, run: Run, name: str, colour: str, marker: str) -> None:
-    scale = 100 if "accuracy" in name else 1
     for split, dash in (("train", "-"), ("val", "--")):
         points = dict(run.curves.get(f"{split}/{name}", []))  # of several in an epoch the last
-        few = "." if len(points) == 1 else marker  # a line of one point would not be seen
-        axes.plot(
-            list(points),
-            [scale * value for value in points.values()],
-            dash,
-            color=colour,
-            marker=few,
-            markersize=5,
-            markevery=max(1, len(points) // 8),
-            linewidth=1.4,
-        )
-
-
-def _changes(run: Run) -> list[tuple[float, str]]:
-    return [(epoch - 0.5, f"{old} to {new}") for (_, old), (epoch, new) in pairwise(run.stages().items()) if old != new]
-
-
-def _draw_changes(axes: Axes, runs: Sequence[Run]) -> None:
-    """A line in the run's colour, or in grey where several runs change together."""
-    colours: dict[float, list[str]] = defaultdict(list)
-    for run, (colour, _) in zip(runs, STYLES, strict=False):
-        for epoch, _ in _changes(run):
-            colours[epoch].append(colour)
-    for epoch, of_runs in colours.items():
-        axes.axvline(epoch, color=of_runs[0] if len(of_runs) == 1 else "0.3", linewidth=1, linestyle=":")
+        values = [100 * value if "accuracy" in name else value for value in points.values()]
+        shape = "." if len(points) == 1 else marker  # a line of one point would not be seen
+        sparse = max(1, len(points) // 8)
+        axes.plot(list(points), values, dash, color=colour, linewidth=1.4, marker=shape, markersize=5, markevery=sparse)

@@ -46,7 +46,7 @@ class CenterLoss(nn.Module):
         self.register_buffer("centers", torch.zeros(num_classes, feature_dim))
         # Since the last step: the sum of each class's features and its count, side by side. Not a buffer, because
         # DDP overwrites buffers with the first process's.
-        self._gathered: Tensor | None = None
+        self.gathered: Tensor | None = None
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of ``features`` (B, feature_dim) with ``labels`` (B,): a scalar, at least float32."""
@@ -58,20 +58,20 @@ class CenterLoss(nn.Module):
     @torch.no_grad()
     def step(self) -> None:
         """Move the centres by what was gathered since the last step, on all processes together."""
-        if self._gathered is None:
+        if self.gathered is None:
             return
-        gathered, self._gathered = self._gathered, None
+        gathered, self.gathered = self.gathered, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gathered)
         sums, counts = gathered[:, :-1], gathered[:, -1:]
         self.centers -= self.alpha * (counts * self.centers - sums) / (1 + counts)
 
     def _gather(self, features: Tensor, labels: Tensor) -> None:
-        if self._gathered is None:
+        if self.gathered is None:
             classes, dim = self.centers.shape
-            self._gathered = self.centers.new_zeros(classes, dim + 1)
+            self.gathered = self.centers.new_zeros(classes, dim + 1)
         ones = features.new_ones(len(features), 1)
-        self._gathered.index_add_(0, labels, torch.cat([features, ones], dim=1).to(self._gathered.dtype))
+        self.gathered.index_add_(0, labels, torch.cat([features, ones], dim=1).to(self.gathered.dtype))
 
     def extra_repr(self) -> str:
         classes, dim = self.centers.shape

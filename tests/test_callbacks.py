@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
 
@@ -166,15 +168,47 @@ def test_a_resumed_run_ends_bit_equal(tmp_path, batches, reinit):
     whole, first = run("whole")
     with pytest.raises(RuntimeError, match="killed"):
         run("parts", Stop(batches))
-    between_epochs = batches % 4 == 0
-    file = "last.ckpt" if between_epochs else "step.ckpt"
+    file = "last.ckpt" if batches % 4 == 0 else "step.ckpt"
     resumed, second = run("parts", seed=1, ckpt_path=str(tmp_path / "parts" / file))
     assert resumed.stage == "binary"
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     assert [row["stage"] for row in second[1].epochs] == ["ternary", "ternary", "binary", "binary"]
-    if between_epochs:  # otherwise the means of the epoch that was broken off lack its first batches
-        assert second[1].epochs == first[1].epochs
+    assert second[1].epochs == first[1].epochs
+    assert second[2].stages == first[2].stages
+
+
+class Ask(Callback):
+    """Ask a run to end, as a cluster does, at the start of a batch."""
+
+    def __init__(self, batch):
+        self.batch, self.seen = batch, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.seen == self.batch:
+            signal.raise_signal(signal.SIGTERM)
+        self.seen += 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("batch", [0, 3, 5, 7, 8, 10, 15])  # 4 an epoch; the switch lies at 8
+def test_a_run_that_was_asked_to_end_goes_on_bit_equal(tmp_path, batch, accumulate):
+    def run(folder, *more, **arguments):
+        torch.manual_seed(arguments.pop("seed", 0))
+        eta = 0.3 if accumulate > 1 else 0.0
+        model = tiny_pcnn(**PROGRESSIVE, accumulate=accumulate, eta=eta)
+        used = [StageSwitch(2), LossCurves(), StageCheckpoint(str(tmp_path / folder))]
+        data = tiny_digits(crop_padding=1)
+        fit(model, data, max_epochs=4, callbacks=[*used, *more], enable_checkpointing=True, **arguments)
+        return model, used
+
+    whole, first = run("whole")
+    with pytest.raises(SIGTERMException):
+        run("parts", Ask(batch))
+    resumed, second = run("parts", seed=1, ckpt_path=str(tmp_path / "parts" / "last.ckpt"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert second[1].epochs == first[1].epochs
     assert second[2].stages == first[2].stages
 
 

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pcnn_lightning
 from pcnn_lightning import PCNN, Digits, ImageFolder
+from pcnn_lightning.checkpoints import AtomicCheckpointIO
 from pcnn_lightning.cli import OneBitCLI, main
 
 ROOT = Path(__file__).parents[1]
@@ -765,3 +768,79 @@ def test_summary_of_data_that_do_not_say_their_size(command):
 
 def test_an_unknown_summary_format(command):
     command("summary", *DIGITS, *NETWORK, *QUIET, "--format=html").is_usage_error("format", "html")
+
+
+# Interrupted runs.
+
+
+class Signal(Callback):
+    """Sends the process a signal in the middle of a run."""
+
+    def __init__(self, name: str, batch: int = 3) -> None:
+        self.number, self.batch = signal.Signals[name], batch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.batch:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_is_ended_says_so_and_goes_on_where_it_was(command, name, status):
+    whole = command(*FIT, *KEEP, "--trainer.max_epochs=3").cli.model.state_dict()
+    shutil.rmtree("kept")
+    arguments = [*FIT, *KEEP, "--trainer.max_epochs=3"]
+    before = signal.getsignal(signal.SIGINT)
+    ended = command(*arguments, "--trainer.callbacks+=test_cli.Signal", f"--trainer.callbacks.name={name}")
+    assert ended.code == status
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load("kept/last.ckpt", weights_only=True)["global_step"] == 4
+    resumed = command(*arguments, "--ckpt_path=last")
+    assert resumed.code == 0
+    for key, value in resumed.cli.model.state_dict().items():
+        assert torch.equal(value, whole[key]), key
+
+
+def test_nothing_left_to_train_is_said(command):
+    arguments = [*FIT, *KEEP]
+    command(*arguments)
+    again = command(*arguments, "--ckpt_path=last")
+    again.is_refused("last.ckpt has trained for 1 epochs already", "max_epochs")
+
+
+def test_kill_9_during_a_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    """The process dies with half of the new file written."""
+    monkeypatch.chdir(tmp_path)
+    program = """
+import os, sys, torch
+from pcnn_lightning.checkpoints import AtomicCheckpointIO
+io = AtomicCheckpointIO()
+io.save_checkpoint({"weights": torch.zeros(1000)}, "last.ckpt")
+def half(self, place):
+    with open(self, "ab") as file:
+        file.truncate(500)
+    os.kill(os.getpid(), 9)
+type(__import__("pathlib").Path()).replace = half
+io.save_checkpoint({"weights": torch.ones(1000)}, "last.ckpt")
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert not torch.load("last.ckpt", weights_only=True)["weights"].any()
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, "last.ckpt")
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(command, monkeypatch):
+    command(*FIT, *KEEP)
+    before = Path("kept/last.ckpt").read_bytes()
+    part = Path("kept/last.ckpt.part")
+    part.symlink_to("/dev/full")
+    run = command(*FIT, *KEEP, "--trainer.max_epochs=2", "--ckpt_path=last")
+    run.is_refused("kept/last.ckpt cannot be written", "No space left on device")
+    assert Path("kept/last.ckpt").read_bytes() == before
+
+
+def test_a_log_folder_that_cannot_be_written(command):
+    Path("logs").write_text("a file is in its place")
+    flags = [flag for flag in FIT if flag != "--trainer.logger=false"]
+    run = command(*flags, "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs")
+    run.is_refused("logs")

@@ -1,16 +1,19 @@
 import math
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.nn import functional as F
 
-from pcnn_lightning import PCNN, ProjectionConv2d
+from pcnn_lightning import PCNN, ProjectionConv2d, StageSwitch
 from pcnn_lightning.backbones import BACKBONES
 from pcnn_lightning.errors import DivergedError, InputError
 
@@ -440,3 +443,66 @@ def test_prediction_needs_no_loss():
     predictions = tiny_trainer().predict(model, datamodule=data)
     assert sum(len(batch["label"]) for batch in predictions) == len(data.predict_set)
     assert all((batch["probability"] > 0).all() for batch in predictions)
+
+
+def test_validation_within_an_update_loses_no_gradient():
+    def run(**trainer):
+        torch.manual_seed(0)
+        model = tiny_pcnn(accumulate=4)
+        fit(model, **trainer)
+        return model.state_dict()
+
+    between, after = run(val_check_interval=1), run(limit_val_batches=0)
+    for name, value in after.items():
+        assert torch.equal(between[name], value), name
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_strategies_that_shard_kernels_are_refused_by_name(monkeypatch, strategy):
+    kind = type(strategy, (SingleDeviceStrategy,), {})  # the real ones need GPUs to be built
+    monkeypatch.setattr(f"pcnn_lightning.modules.two_rates.{strategy}", kind)
+    with pytest.raises(InputError, match=f"{strategy} shards the kernels.*use ddp"):
+        fit(tiny_pcnn(), strategy=kind("cpu"))
+
+
+def test_checkpoints_by_time_are_refused(tmp_path):
+    callback = ModelCheckpoint(tmp_path, train_time_interval=timedelta(seconds=1))
+    with pytest.raises(InputError, match=r"train_time_interval.*set every_n_train_steps or every_n_epochs"):
+        fit(tiny_pcnn(), callbacks=[callback], enable_checkpointing=True)
+
+
+def test_the_learning_rate_monitor_sees_both_groups(tmp_path):
+    monitor = LearningRateMonitor("step")
+    fit(tiny_pcnn(), callbacks=[monitor], logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert {name.rpartition("/")[2]: set(values) for name, values in monitor.lrs.items()} == {
+        "kernels": {0.05},
+        "projections": {0.01},
+    }
+
+
+@pytest.mark.parametrize("family", [tiny_pcnn, tiny_mcn])
+def test_averaged_weights_over_the_switch_are_the_averages_of_the_run(tmp_path, family):
+    """EMA by hand from the weights after each step."""
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    model = family(**({"stage": "ternary"} if family is tiny_pcnn else {}))
+    keep = ModelCheckpoint(tmp_path, filename="x")
+    callbacks = [Watch(), EMAWeightAveraging(decay=0.8), StageSwitch(1), keep]
+    fit(model, max_epochs=3, callbacks=callbacks, enable_checkpointing=True)
+    assert model.stage == "binary"
+    averages = seen[0]
+    for weights_then in seen[1:]:
+        averages = {name: 0.8 * value + 0.2 * weights_then[name] for name, value in averages.items()}
+    loaded = dict(type(model).load_from_checkpoint(keep.best_model_path).named_parameters())
+    for name, value in averages.items():
+        torch.testing.assert_close(loaded[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_early_stopping_begins_anew_with_the_binary_stage():
+    stopping = EarlyStopping("val/accuracy", mode="max", patience=2, min_delta=1.0)  # nothing is ever better
+    trainer = fit(tiny_pcnn(stage="ternary"), max_epochs=8, callbacks=[StageSwitch(2), stopping])
+    assert trainer.current_epoch == 5  # 2 ternary epochs, then a best one and 2 that are not better

@@ -7,7 +7,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from pcnn_lightning.checkpoints import AtomicCheckpointIO
 from pcnn_lightning.errors import InputError, check_writable
 
 RECORD = "stages.json"
@@ -15,6 +18,9 @@ RECORD = "stages.json"
 
 class StageCheckpoint(ModelCheckpoint):
     """Keep ``ternary.ckpt`` and ``binary.ckpt``, the best epoch of each stage, beside ``last.ckpt`` and a record.
+
+    Files are written whole or not at all (:class:`AtomicCheckpointIO`), and ``last.ckpt`` once more, within an epoch,
+    when the run is asked to end by SIGTERM or, on the command line, Ctrl-C.
 
     The record, ``stages.json``, holds for each stage the best value of ``monitor``, its epoch and its file, and is
     printed when training ends. Without validation data the latest epoch of a stage counts as its best.
@@ -43,6 +49,8 @@ class StageCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":  # rather than at the first checkpoint, an epoch later
             check_writable(Path(str(self.dirpath)))
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -73,6 +81,17 @@ class StageCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.log_hyperparams(dict(pl_module.hparams), best)  # for its page of hyperparameters
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):  # raised between two batches, unlike KeyboardInterrupt
+            if trainer.validating:  # the run that goes on starts with this validation, whose metrics are not saved
+                progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+                for counts in (progress.total, progress.current):
+                    vars(counts).update(ready=1, started=1, processed=0, completed=0)
+            if self.save_last:
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        else:
+            super().on_exception(trainer, pl_module, exception)
 
     def table(self) -> str:
         """Best accuracy and epoch of each stage, a line a stage."""

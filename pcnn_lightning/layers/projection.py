@@ -82,7 +82,7 @@ class ProjectionConv2d(QuantizedConv2d):
             projection_init = "near_one" if projection_forward == "mean" else "normal"
         check_choice("projection_init", projection_init, get_args(ProjectionInit))
         self.projections, self.sigma, self.eta = projections, sigma, eta
-        self._step_sums: tuple[Tensor, Tensor] | None = None
+        self.step_sums: tuple[Tensor, Tensor] | None = None
         self.levels = levels
         self.projection_loss_weight = projection_loss_weight
         self.projection_forward, self.projection_init = projection_forward, projection_init
@@ -136,15 +136,15 @@ class ProjectionConv2d(QuantizedConv2d):
         """
         quantized, loss = self.quantize()
         zeros = (torch.zeros_like(quantized), torch.zeros_like(loss))
-        self._step_sums = (zeros[0].requires_grad_(), zeros[1].requires_grad_())
+        self.step_sums = (zeros[0].requires_grad_(), zeros[1].requires_grad_())
 
     @torch.no_grad()
     def add_eta_square(self) -> None:
         """Add the term held back to ``projection.grad``, once a step, after unscaling and before the update."""
-        if self._step_sums is None:
+        if self.step_sums is None:
             return
-        quantized_sum, loss_sum = (total.grad for total in self._step_sums)
-        for total in self._step_sums:
+        quantized_sum, loss_sum = (total.grad for total in self.step_sums)
+        for total in self.step_sums:
             total.grad = None
         if quantized_sum is None or loss_sum is None or self.projection.grad is None:
             return
@@ -166,11 +166,11 @@ class ProjectionConv2d(QuantizedConv2d):
             loss_weight=self.projection_loss_weight,
             eta=self.eta,
             projection_forward=self.projection_forward,
-            step_sums=self._step_sums,
+            step_sums=self.step_sums,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_step_sums": None}
+        return {**super().__getstate__(), "step_sums": None}
 
     def extra_repr(self) -> str:
         return (

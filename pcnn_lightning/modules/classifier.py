@@ -1,11 +1,12 @@
 """What every family of 1-bit classifiers does alike: its network, its losses, its evaluation, its checkpoints."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pcnn_lightning.backbones import build_backbone
@@ -45,6 +46,11 @@ class OneBitClassifier(TwoRateModule):
     layer_loss = "projection_loss"
     """What the logs call the loss of the 1-bit layers."""
 
+    @property
+    def train_losses(self) -> tuple[str, ...]:
+        """Names of the losses of training, the first of which is the sum of the others."""
+        return "loss", "cross_entropy", self.layer_loss, "center_loss"
+
     def __init__(
         self,
         *,
@@ -69,7 +75,9 @@ class OneBitClassifier(TwoRateModule):
         if center_loss_start != "binary" and (not isinstance(center_loss_start, int) or center_loss_start < 0):
             raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
         # Checking its arguments would wait for the device in every batch.
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        # The means of an epoch are kept here, not by Lightning, so that a checkpoint within the epoch can hold them.
+        self.train_means = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in self.train_losses})
+        self.train_means["accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
@@ -132,10 +140,17 @@ class OneBitClassifier(TwoRateModule):
         if self.hparams["compile"]:
             self.net.features.compile()
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.trainer.ckpt_path is not None:  # perhaps of an epoch with no more batches to come, but its end
+            self._log_means()
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
         if batch_idx == 0:
             self._check_labels(labels)  # once an epoch: looking at a label's value waits for the device
+            for mean in self._means().values():
+                mean.reset()  # a checkpoint from the end of an epoch still holds its means
         features = self.net.features(images.to(self.dtype))
         logits = self.net.classifier(features)
         losses = {
@@ -149,22 +164,29 @@ class OneBitClassifier(TwoRateModule):
         loss = torch.stack(list(losses.values())).sum()
         self.update(loss, batch_idx)
 
-        self.train_accuracy.update(logits, labels)
         losses = {name: value.detach() for name, value in {"loss": loss, **losses}.items()}
-        self.log_dict(
-            {f"train/{name}": value for name, value in losses.items()},
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(labels),
-            sync_dist=True,
-        )
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
+        means = self._means()
+        for name, value in losses.items():
+            means[name].update(value, len(labels))
+        means["accuracy"].update(logits, labels)
+        self._log_means()
         return losses
 
     def step(self) -> None:
         super().step()
         if self.center_loss is not None:
             self.center_loss.step()
+
+    def pending(self) -> dict[str, Tensor]:
+        gathered = None if self.center_loss is None else self.center_loss.gathered
+        if gathered is None:
+            return super().pending()
+        return {**super().pending(), "gathered": self.trainer.strategy.reduce(gathered, reduce_op="mean")}
+
+    def restore_pending(self, pending: dict[str, Tensor]) -> None:
+        super().restore_pending(pending)
+        if self.center_loss is not None and "gathered" in pending:
+            self.center_loss.gathered = pending["gathered"].to(self.center_loss.centers)
 
     # Evaluation.
 
@@ -209,6 +231,7 @@ class OneBitClassifier(TwoRateModule):
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         self.check_finite()
         for name, tensor in self.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -218,6 +241,9 @@ class OneBitClassifier(TwoRateModule):
             "stage": self.stage,
             "stage_start": self.stage_start,
             "optimizer": self.hparams["optimizer"],
+            "train_means": {
+                name: dict(mean.metric_state) for name, mean in self._means().items() if mean.update_called
+            },
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -233,8 +259,21 @@ class OneBitClassifier(TwoRateModule):
                 f"the checkpoint has the state of optimizer {saved['optimizer']}, which {self.hparams['optimizer']} "
                 "cannot go on from: name the same one, or start a new run with init_from"
             )
+        super().on_load_checkpoint(checkpoint)
+        for name, state in saved["train_means"].items():
+            mean = self._means()[name]
+            for part, value in state.items():
+                setattr(mean, part, value.to(self.device))
+            mean._update_count = 1  # what a metric goes by to tell whether it holds anything
         self.set_stage(saved["stage"])
         self.stage_start, self.stage_end = saved["stage_start"], None  # its end is the callback's to say
+
+    def _means(self) -> dict[str, Metric]:
+        return cast(dict[str, Metric], dict(self.train_means.items()))
+
+    def _log_means(self) -> None:
+        held = {f"train/{name}": mean for name, mean in self._means().items() if mean.update_called}
+        self.log_dict(held, on_step=False, on_epoch=True)
 
     def _start_from(self, path: str) -> None:
         state = load_checkpoint(path)["state_dict"]

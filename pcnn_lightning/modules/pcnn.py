@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pcnn_lightning.errors import InputError
@@ -97,7 +97,6 @@ class PCNN(OneBitClassifier):
             self._redraw_projections()
 
     def on_train_start(self) -> None:
-        super().on_train_start()
         if self.stage == "ternary" and self.hparams["stage"] == "binary":
             raise InputError(
                 "the checkpoint is of a ternary stage, but model.stage is binary: to start a binary run from ternary "
@@ -106,11 +105,32 @@ class PCNN(OneBitClassifier):
         if self.hparams["eta"] > 0 and (self.hparams["accumulate"] > 1 or self.trainer.world_size > 1):
             for layer in self.projection_layers:
                 layer.sum_step_gradients()
+        super().on_train_start()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for layer in self.projection_layers:
             layer.add_eta_square()
         super().on_before_optimizer_step(optimizer)
+
+    def pending(self) -> dict[str, Tensor]:
+        left = {name: total.grad for name, total in self._step_sums().items() if total.grad is not None}
+        return {
+            **super().pending(),
+            **{name: self.trainer.strategy.reduce(grad, "mean") for name, grad in left.items()},
+        }
+
+    def restore_pending(self, pending: dict[str, Tensor]) -> None:
+        super().restore_pending(pending)
+        for name, total in self._step_sums().items():
+            if name in pending:
+                total.grad = pending[name].to(total)
+
+    def _step_sums(self) -> dict[str, Tensor]:
+        return {
+            f"step_sums.{index}.{part}": total
+            for index, layer in enumerate(self.projection_layers)
+            for part, total in enumerate(layer.step_sums or ())
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -102,6 +103,8 @@ class TwoRateModule(LightningModule):
         self.stage = "binary"
         self.stage_start = 0  # epoch
         self.stage_end: int | None = None  # epoch; None is the end of the run
+        self._within_update = False  # whether gradients of some of an update's batches wait for those of the others
+        self._pending: dict[str, Tensor] | None = None  # of a checkpoint just loaded
         self._bad_step: Tensor | None = None  # the first step whose loss was no number, on the device
         self._divergence: str | None = None  # what is said of it
 
@@ -129,6 +132,17 @@ class TwoRateModule(LightningModule):
                 f"trainer.precision {self.trainer.precision} would round the kernels that are being learned: "
                 "use 32-true, bf16-mixed or 16-mixed"
             )
+        if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise InputError(
+                f"trainer.strategy {type(self.trainer.strategy).__name__} shards the kernels, of which a layer needs "
+                "all for its scale: use ddp"
+            )
+        for callback in self.trainer.checkpoint_callbacks:
+            if getattr(callback, "_train_time_interval", None) is not None:
+                raise InputError(
+                    "ModelCheckpoint(train_time_interval=...) writes nothing under manual optimization: "
+                    "set every_n_train_steps or every_n_epochs"
+                )
 
     def configure_optimizers(self) -> Optimizer:
         projections = self.projection_parameters()
@@ -151,6 +165,9 @@ class TwoRateModule(LightningModule):
         # A resumed optimizer comes with the settings it was saved with; the ones asked for now hold.
         for group, options in zip(self._optimizer().param_groups, self._group_options(), strict=True):
             group.update(options)
+        if self._pending is not None:
+            self.restore_pending(self._pending)
+            self._pending = None
 
     def update(self, loss: Tensor, batch_idx: int) -> None:
         """Go back through the ``loss`` of a batch, and step with the last batch of an update."""
@@ -161,6 +178,7 @@ class TwoRateModule(LightningModule):
         last = position == size - 1
         with nullcontext() if last else self._no_sync():
             self.manual_backward(loss / size)
+        self._within_update = not last
         if last:
             self.step()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -176,6 +194,28 @@ class TwoRateModule(LightningModule):
         # Gradients are unscaled here, and not before, under 16-mixed.
         if self.hparams["gradient_clip"] is not None:
             self.clip_gradients(optimizer, self.hparams["gradient_clip"], "norm")
+
+    def on_validation_model_zero_grad(self) -> None:
+        if not self._within_update:
+            super().on_validation_model_zero_grad()
+
+    def pending(self) -> dict[str, Tensor]:
+        """What the batches of an unfinished update have left, by name; equal on all processes."""
+        left = {name: one.grad for name, one in self.named_parameters() if one.grad is not None}
+        return {name: self.trainer.strategy.reduce(grad, reduce_op="mean") for name, grad in left.items()}
+
+    def restore_pending(self, pending: dict[str, Tensor]) -> None:
+        """Take up an unfinished update where :meth:`pending` left it."""
+        for name, parameter in self.named_parameters():
+            if name in pending:
+                parameter.grad = pending[name].to(parameter)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._within_update:
+            checkpoint["pending"] = self.pending()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._pending = checkpoint.get("pending")
 
     def on_train_epoch_end(self) -> None:
         self.check_finite()
