@@ -17,7 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import pcnn_lightning
-from pcnn_lightning import data  # noqa: F401  (makes its classes known to the parser by their short names)
+from pcnn_lightning import (
+    compare,
+    data,  # noqa: F401  (makes its classes known to the parser by their short names)
+)
 from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint, StageProgressBar
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.errors import DivergedError, InputError
@@ -219,8 +222,9 @@ def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
     return str(found[-1])
 
 
-def main(args: ArgsType = None) -> OneBitCLI:
+def main(args: ArgsType = None) -> OneBitCLI | None:
     """Run the command line; what the user can mend ends in one line and exit status 2, a diverged run in 1."""
+    given: Any = sys.argv[1:] if args is None else args
     strict = {"allow_abbrev": False}
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
@@ -228,6 +232,9 @@ def main(args: ArgsType = None) -> OneBitCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     with Interruption() as interruption:
         try:
+            if isinstance(given, list) and given[:1] == ["compare"]:
+                compare.main(given[1:])  # it needs no model and no data
+                return None
             return OneBitCLI(
                 OneBitClassifier,
                 LightningDataModule,
@@ -243,7 +250,8 @@ def main(args: ArgsType = None) -> OneBitCLI:
                     **strict,
                     "prog": "pcnn_lightning",
                     "version": pcnn_lightning.__version__,
-                    "description": "Train 1-bit convolutional networks.",
+                    "description": "Train 1-bit convolutional networks. "
+                    "Finished runs are laid over each other by: pcnn_lightning compare RUN RUN ...",
                     **dict.fromkeys(OneBitCLI.subcommands(), strict),
                 },
                 args=args,

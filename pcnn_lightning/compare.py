@@ -1,5 +1,6 @@
 """Finished runs laid over each other: their curves in one picture, their best epochs in one table."""
 
+import argparse
 import math
 import os
 import re
@@ -98,6 +99,16 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", m
     except (OSError, ValueError) as error:  # a folder of that name, or an ending that is no picture's
         raise InputError(f"cannot write {output}: {error}") from error
     return table(found, metric)
+
+
+def main(args: Sequence[str]) -> None:
+    """The subcommand: ``compare RUN RUN ... --output comparison.png``."""
+    about = "Draw the curves of several runs into one picture and print their best epochs as a table."
+    parser = argparse.ArgumentParser("pcnn_lightning compare", description=about, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder of logs, or one above the newest run's")
+    parser.add_argument("--output", default="comparison.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--metric", default="accuracy", help="what is compared (default: %(default)s)")
+    print(compare(**vars(parser.parse_args(args))))
 
 
 def read_run(path: Path, metric: str = "accuracy") -> Run:

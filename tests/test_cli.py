@@ -844,3 +844,23 @@ def test_a_log_folder_that_cannot_be_written(command):
     flags = [flag for flag in FIT if flag != "--trainer.logger=false"]
     run = command(*flags, "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs")
     run.is_refused("logs")
+
+
+# Finished runs.
+
+
+def test_compare_prints_a_table_and_draws(command):
+    flags = [flag for flag in FIT if flag != "--trainer.logger=false"]
+    for weight in (0, 0.001):
+        command(
+            *flags,
+            "--trainer.logger=TensorBoardLogger",
+            f"--trainer.logger.save_dir=logs/{weight}",
+            f"--model.projection_loss_weight={weight}",
+        )
+    run = command("compare", "logs/0", "logs/0.001", "--output=both.png")
+    assert run.code == 0
+    assert "projection_loss_weight=0 " in run.out
+    assert Image.open("both.png").size[0] > 300
+    command("compare", "logs/0", "logs/elsewhere").is_refused("logs/elsewhere: there is no such folder")
+    command("compare").is_usage_error("RUN")
