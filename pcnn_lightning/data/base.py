@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader
 
 from pcnn_lightning.data.augment import crop_and_flip, normalize
 from pcnn_lightning.data.datasets import Augmentation, ImageSet, RawBatch
-from pcnn_lightning.data.sampling import EpochLoader, EpochSampler, Stream, generator, stratified_order
+from pcnn_lightning.data.sampling import (
+    EpochLoader,
+    EpochSampler,
+    Stream,
+    UnrepeatedSampler,
+    generator,
+    stratified_order,
+)
 from pcnn_lightning.errors import InputError
 
 Split = Literal["train", "val", "test"]
@@ -188,7 +195,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> EpochLoader:
         """Batches of training images, in a new order each epoch."""
         train = self.train_set
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        world_size, rank = self._processes()
         # Small last batches make BatchNorm noisy; a set that is smaller than a batch is still to be trained on.
         drop_last = len(train) // world_size >= self.batch_size
         sampler = EpochSampler(train, self.seed, world_size, rank, drop_last)
@@ -196,15 +203,22 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Batches of validation images; an empty list if there are none, which Lightning takes as "do not validate"."""
-        return [] if self.val_set is None else DataLoader(self.val_set, **self._loader_options())
+        return [] if self.val_set is None else self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of test images."""
-        return DataLoader(self.test_set, **self._loader_options())
+        return self._evaluation_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of images to predict for, in the order of :meth:`predict_names`."""
         return DataLoader(self.predict_set, **self._loader_options())
+
+    def _evaluation_loader(self, images: ImageSet) -> DataLoader[Any]:
+        return DataLoader(images, sampler=UnrepeatedSampler(images, *self._processes()), **self._loader_options())
+
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and the rank of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader_options(self) -> dict[str, Any]:
         return {
