@@ -37,6 +37,7 @@ NOISE = (
     r".*smaller than the logging interval",  # what is logged here is logged by epoch
     r".*callbacks used to create the checkpoint",  # testing needs no callbacks of training
     r"Using ModelCheckpoint with manual optimization",  # of a trap that needs other attribute names than ours
+    r"It is recommended to use .self\.log\('(lr/|stage)",  # the same on all processes
     r"Checkpoint directory .* exists and is not empty",  # files of other runs are not overwritten
 )
 """Warnings that a user can do nothing about, or need not."""

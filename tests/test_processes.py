@@ -92,5 +92,36 @@ def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
         )
 
 
+CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+LAUNCHERS = {
+    "Trainer flags": [sys.executable, "-m", "pcnn_lightning"],
+    "torchrun": [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        *("-m", "pcnn_lightning"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["Trainer flags", "torchrun"])
+def test_both_ways_to_start_two_processes_write_everything_once(tmp_path, launcher):
+    flags = ["fit", f"--config={CONFIG}", "--trainer.max_epochs=2", "--data.init_args.batch_size=16"]
+    flags += ["--trainer.limit_train_batches=4", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [*LAUNCHERS[launcher], *flags]
+    ended = subprocess.run(command, check=False, timeout=300, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Compression: ") == 1
+    assert ended.stdout.count("stage    best val/accuracy") == 1
+    logs = tmp_path / "runs" / "digits"
+    assert {path.name for path in logs.iterdir()} == {"version_0", "checkpoints"}
+    assert len(list((logs / "version_0").glob("events.*"))) == 1
+    assert {path.name for path in (logs / "checkpoints").iterdir()} == {
+        "ternary.ckpt",
+        "binary.ckpt",
+        "last.ckpt",
+        "stages.json",
+    }
+
+
 if __name__ == "__main__":
     train(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
