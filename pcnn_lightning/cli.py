@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -134,6 +135,8 @@ class OneBitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.config["subcommand"]]["trainer"]
+        if not isinstance(trainer, Namespace):  # the parser lets trainer: true pass
+            raise InputError(f"trainer must be a mapping of the Trainer's arguments, but got {trainer!r}")
         if trainer["gradient_clip_val"] is not None:
             raise InputError("trainer.gradient_clip_val does not reach this loop: set model.gradient_clip")
         if trainer["accumulate_grad_batches"] != 1:
@@ -149,6 +152,8 @@ class OneBitCLI(LightningCLI):
             raise InputError(str(cause)) from error
 
     def after_instantiate_classes(self) -> None:
+        if type(self.model) is OneBitClassifier:
+            raise InputError("model.class_path is missing: it must be PCNN or MCN")
         given = self.config[self.config["subcommand"]]["model"]["init_args"]
         for name in LINKED:
             of_data = getattr(self.datamodule, name)

@@ -864,3 +864,15 @@ def test_compare_prints_a_table_and_draws(command):
     assert Image.open("both.png").size[0] > 300
     command("compare", "logs/0", "logs/elsewhere").is_refused("logs/elsewhere: there is no such folder")
     command("compare").is_usage_error("RUN")
+
+
+@pytest.mark.parametrize("family", [["--model.stage=ternary", "--trainer.callbacks+=StageSwitch"], ["--model=MCN"]])
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(command, family):
+    switch = ["--trainer.callbacks.epoch=1"] if "--model=MCN" not in family else ["--model.levels=3"]
+    flags = [*FIT, *family, *switch, "--trainer.max_epochs=2", "--trainer.deterministic=true"]
+    ends = [
+        command(*flags, f"--data.num_workers={workers}", f"--seed_everything={seed}").cli.model.state_dict()
+        for seed, workers in ((1, 0), (1, 2), (2, 0))
+    ]
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    assert not all(torch.equal(ends[0][name], value) for name, value in ends[2].items())

@@ -254,12 +254,21 @@ class OneBitClassifier(TwoRateModule):
                 f"not a {type(self).__name__}"
             )
         check_same_tensors(self.state_dict(), checkpoint["state_dict"])
-        if self.is_fitting and saved["optimizer"] != self.hparams["optimizer"]:
+        if self.is_fitting and (optimizer := saved.get("optimizer")) != self.hparams["optimizer"]:
             raise InputError(
-                f"the checkpoint has the state of optimizer {saved['optimizer']}, which {self.hparams['optimizer']} "
+                f"the checkpoint has the state of optimizer {optimizer}, which {self.hparams['optimizer']} "
                 "cannot go on from: name the same one, or start a new run with init_from"
             )
         super().on_load_checkpoint(checkpoint)
+        try:
+            self.restore(saved)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the checkpoint is damaged: what it says of its run is no use ({type(error).__name__}: {error})"
+            ) from error
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take up the run that :meth:`on_save_checkpoint` has described."""
         for name, state in saved["train_means"].items():
             mean = self._means()[name]
             for part, value in state.items():

@@ -136,9 +136,9 @@ class PCNN(OneBitClassifier):
         super().on_save_checkpoint(checkpoint)
         checkpoint["one_bit"]["projection_seed"] = self.projection_seed
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.projection_seed = checkpoint["one_bit"]["projection_seed"]
+    def restore(self, saved: dict[str, Any]) -> None:
+        super().restore(saved)
+        self.projection_seed = saved["projection_seed"]
 
     def _start_from(self, path: str) -> None:
         super()._start_from(path)

@@ -1,0 +1,89 @@
+"""Broken input of any kind ends in a message: configurations and checkpoints spoilt at random, for a bounded time."""
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import fit, tiny_mcn, tiny_pcnn
+
+from pcnn_lightning.checkpoints import load_checkpoint
+from pcnn_lightning.cli import main
+from pcnn_lightning.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SECONDS = 25
+NASTY = [-1, 0, 1, 3, 0.5, -0.5, 1e-300, float("nan"), float("inf"), "abc", "", "3", None, True, [], [1], {}, {"a": 1}]
+
+
+def spoil(value: object, rng: random.Random) -> object:
+    """A copy with one value, key or item changed, left out or added."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        if rng.random() < 0.1:
+            return {name: item for name, item in value.items() if name != key}
+        if rng.random() < 0.1:
+            return {**value, "unknown": rng.choice(NASTY)}
+        return {**value, key: spoil(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], spoil(value[place], rng), *value[place + 1 :]]
+    return rng.choice(NASTY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "mcn_digits"])
+def test_spoilt_configurations_end_in_a_message(tmp_path, monkeypatch, capsys, name):
+    """``summary`` builds everything that a configuration names, and trains nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pcnn_lightning"])
+    whole = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    statuses, end, seed = set(), time.monotonic() + SECONDS, 0
+    while time.monotonic() < end:
+        seed += 1
+        Path("spoilt.yaml").write_text(yaml.safe_dump(spoil(whole, random.Random(seed))), encoding="utf-8")
+        try:
+            main(["summary", "--config=spoilt.yaml"])
+            statuses.add(0)
+        except SystemExit as leave:
+            statuses.add(leave.code)
+            assert leave.code == 2, f"seed {seed}: {Path('spoilt.yaml').read_text()}"
+            assert "error: " in capsys.readouterr().err, f"seed {seed}"
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {Path('spoilt.yaml').read_text()}") from error
+        capsys.readouterr()
+    assert statuses == {0, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [tiny_pcnn, tiny_mcn])
+def test_spoilt_checkpoints_end_in_a_message(tmp_path, family):
+    """Cut off, or with some bytes changed: read whole or refused, and loaded or refused."""
+    model = family(center_loss_weight=0.1)
+    fit(model).save_checkpoint(tmp_path / "x.ckpt")
+    content, refused = (tmp_path / "x.ckpt").read_bytes(), 0
+    spoilt, end, seed = tmp_path / "spoilt.ckpt", time.monotonic() + SECONDS, 0
+    while time.monotonic() < end:
+        seed += 1
+        rng = random.Random(seed)
+        changed = bytearray(content[: rng.randrange(len(content))] if rng.random() < 0.3 else content)
+        for _ in range(rng.randrange(1, 20)):
+            if changed:
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+        spoilt.write_bytes(changed)
+        try:
+            checkpoint = load_checkpoint(str(spoilt))
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        except InputError:  # anything else is a failure
+            refused += 1
+    assert refused > 0
+    with pytest.raises(InputError):
+        spoilt.write_bytes(b"")
+        load_checkpoint(str(spoilt))
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "one_bit": Path("x")}, spoilt)
+    with pytest.raises(InputError):
+        load_checkpoint(str(spoilt))
