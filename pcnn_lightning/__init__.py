@@ -4,7 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pcnn_lightning.callbacks import LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
+    from pcnn_lightning.callbacks import (
+        Diversity,
+        FilterCurves,
+        FlipRatio,
+        GradientNorms,
+        KernelHistograms,
+        LossCurves,
+        PredictionWriter,
+        StageCheckpoint,
+        StageProgressBar,
+        StageSwitch,
+    )
     from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
     from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, SignActivation
     from pcnn_lightning.losses import CenterLoss
@@ -13,7 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _ROOMS = {
-    "callbacks": ("LossCurves", "PredictionWriter", "StageCheckpoint", "StageSwitch"),
+    "callbacks": (
+        *("Diversity", "FilterCurves", "FlipRatio", "GradientNorms", "KernelHistograms", "LossCurves"),
+        *("PredictionWriter", "StageCheckpoint", "StageProgressBar", "StageSwitch"),
+    ),
     "data": ("CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageFolder"),
     "layers": ("ModulatedConv2d", "ProjectionConv2d", "SignActivation"),
     "losses": ("CenterLoss",),
@@ -28,14 +42,20 @@ __all__ = [
     "PCNN",
     "CenterLoss",
     "Digits",
+    "Diversity",
     "FashionMNIST",
+    "FilterCurves",
+    "FlipRatio",
+    "GradientNorms",
     "ImageFolder",
+    "KernelHistograms",
     "LossCurves",
     "ModulatedConv2d",
     "PredictionWriter",
     "ProjectionConv2d",
     "SignActivation",
     "StageCheckpoint",
+    "StageProgressBar",
     "StageSwitch",
 ]
 

@@ -1,11 +1,20 @@
-"""Where the figures of a run go."""
+"""What callbacks that draw have in common."""
 
+import csv
+import re
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+
+from pcnn_lightning.layers import QuantizedConv2d
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 """Okabe and Ito's colours, which colour-blind readers can tell apart."""
@@ -29,11 +38,49 @@ class DrawingCallback(Callback):
             self.folder = folder
             self.writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
-    def show(self, name: str, figure: Figure, epoch: int) -> None:
-        """Write ``figure`` to ``name``.png, and to TensorBoard under "Images"."""
+    def show(self, name: str, figure: Figure, epoch: int, file: str | None = None) -> None:
+        """Write ``figure`` to ``file``.png, or ``name``.png, and to TensorBoard under "Images"."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / f"{name}.png")
+        figure.savefig(self.folder / f"{file or name}.png")
         for writer in self.writers:
             writer.add_figure(name, figure, epoch)
+
+    def write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Write ``rows`` to ``name``.csv; what a row lacks stays empty."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def short_name(name: str) -> str:
+    """The name of a layer without a leading ``net.features.`` or ``net.``."""
+    return re.sub(r"^net\.(features\.)?", "", name)
+
+
+def one_bit_layers(module: nn.Module) -> dict[str, QuantizedConv2d]:
+    """The 1-bit layers, from input to output, by their short names."""
+    return {short_name(name): layer for name, layer in module.named_modules() if isinstance(layer, QuantizedConv2d)}
+
+
+def mark_stages(axes: Axes, epochs: list[dict[str, Any]]) -> None:
+    """Draw a line where the stage changes, with the names of both stages beside it."""
+    for before, after in pairwise(epochs):
+        if before["stage"] != after["stage"]:
+            axes.axvline(after["epoch"] - 0.5, color="0.4", linewidth=1, linestyle=":")
+            for stage, side, offset in ((before["stage"], "right", -4), (after["stage"], "left", 4)):
+                axes.annotate(
+                    stage,
+                    (after["epoch"] - 0.5, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(offset, -4),
+                    textcoords="offset points",
+                    ha=side,
+                    va="top",
+                    color="0.3",
+                )

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pcnn_lightning.checkpoints import AtomicCheckpointIO
@@ -83,6 +84,8 @@ class StageCheckpoint(ModelCheckpoint):
                     logger.log_hyperparams(dict(pl_module.hparams), best)  # for its page of hyperparameters
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if isinstance(exception, SIGTERMException):  # raised between two batches, unlike KeyboardInterrupt
             if trainer.validating:  # the run that goes on starts with this validation, whose metrics are not saved
                 progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress

@@ -1,0 +1,226 @@
+"""How different the kernels are that one learned kernel becomes, and what each makes of an image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from pcnn_lightning.callbacks.drawing import DrawingCallback
+from pcnn_lightning.callbacks.filter_curves import OneBitConv2d, choose_layer
+from pcnn_lightning.data.datasets import ImageSet
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.functional import sign
+
+
+@dataclass
+class View:
+    """What a layer shows of one image at the end of an epoch.
+
+    Attributes:
+        stage: the stage of that epoch.
+        epoch: its index; -1 before training.
+        kernels: (n, kh, kw), the first input channel of the first n kernels.
+        maps: (n, H, W), what these kernels make of the image.
+    """
+
+    stage: str
+    epoch: int
+    kernels: Tensor
+    maps: Tensor
+
+
+class Diversity(DrawingCallback):
+    """Draw kernels made of one learned kernel, the feature maps they make, and the maps' signs (figure 3.17).
+
+    At the end of each stage, of training, or when it is broken off, ``diversity_<stage>.png`` goes to the folder of
+    the run's logs, and the image ``diversity`` to TensorBoard; it shows the end of the last whole epoch. If ``layer``
+    is given, its name follows ``diversity``. Kernels are D (or Q) ``[0]`` to ``[channels - 1]``, which one kernel C
+    becomes through J projections (or K M-Filters); of each, the first input channel is drawn.
+
+    Every epoch ``diversity/<layer>`` is logged, :func:`kernel_diversity` of all kernels of the layer, if J > 1.
+
+    The image is seen as in evaluation. Augmentation is left out of training images of this package's data sets; those
+    of others are taken as they come. Only the first process draws, and its network, buffers, random state and pending
+    losses stay as they were. The cost is a forward pass of one image per epoch. A network without 1-bit layers leaves
+    nothing.
+
+    Args:
+        layer: name of the layer, without ``net.`` or ``net.features.``; None takes the first 1-bit layer.
+        image: index of the image among those for validation, or for training where there are none.
+        channels: how many of the J (or K) channels to draw at most.
+
+    Raises:
+        ValueError: if ``image`` or ``channels`` is too small.
+        InputError: when training starts, if there is no such layer or no such image.
+    """
+
+    def __init__(self, layer: str | None = None, image: int = 0, channels: int = 4) -> None:
+        super().__init__()
+        for name, value, minimum in (("image", image, 0), ("channels", channels, 1)):
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, but got {value}")
+        self.layer, self.image, self.channels = layer, image, channels
+        self.view: View | None = None
+        self._chosen: tuple[str, OneBitConv2d] | None = None
+        self._image = torch.empty(0)  # (1, C, H, W), on the device
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.view, self._chosen = None, choose_layer(pl_module, self.layer)
+        if self._chosen is not None:
+            self._image = evaluation_image(trainer, self.image)
+            self._look(trainer.current_epoch - 1, pl_module)  # a resumed run may begin with the end of a stage
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        diversity = self._look(trainer.current_epoch, pl_module)
+        if diversity is not None and self._chosen is not None:
+            # Being of one process only it is not reduced; without sync_dist Lightning would advise to.
+            pl_module.log(f"diversity/{self._chosen[0]}", diversity, rank_zero_only=True, sync_dist=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._draw()
+
+    @torch.no_grad()
+    def _look(self, epoch: int, pl_module: LightningModule) -> Tensor | None:
+        """Take a view; draw the one before if it was the last of its stage. Returns the diversity, if J > 1."""
+        if self._chosen is None or self.folder is None:
+            return None
+        stage = str(getattr(pl_module, "stage", "binary"))
+        if self.view is not None and self.view.stage != stage:
+            self._draw()
+        layer, seen = self._chosen[1], []
+        with evaluating(pl_module), layer.register_forward_hook(lambda _layer, _input, output: seen.append(output)):
+            pl_module(self._image.to(pl_module.dtype))
+        kernels, planes = layer.quantized_weight(), layer.out_channels // len(layer.weight)
+        shown = min(self.channels, planes)
+        self.view = View(stage, epoch, kernels[:shown, 0].clone(), seen[0][0, :shown].clone())
+        return kernel_diversity(kernels, planes) if planes > 1 else None
+
+    def _draw(self) -> None:
+        if self.view is None or self._chosen is None or self.folder is None:
+            return
+        view, name = self.view, "diversity" if self.layer is None else f"diversity_{self._chosen[0]}"
+        when = "before training" if view.epoch < 0 else f"{view.stage} stage, after epoch {view.epoch}"
+        figure = draw_diversity(self._image[0], view.kernels, view.maps, f"{self._chosen[0]}, {when}")
+        # TensorBoard shows the stages as one image that changes; files are kept apart.
+        self.show(name, figure, view.epoch, file=f"{name}_{view.stage}")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, uncompiled, for as long as it lasts.
+
+    Neither ``eval()`` nor ``train()`` is called: they would make 1-bit layers forget a loss that is still to be asked
+    for, and would put parts into training mode that are kept out of it.
+    """
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        # Compiled code may leave out hooks, and would be compiled anew for a batch of one.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def evaluation_image(trainer: Trainer, index: int) -> Tensor:
+    """Image ``index`` of those for validation, or for training where there are none, as a batch on the device.
+
+    Raises:
+        InputError: if there are not so many images.
+    """
+    loaders: Any = trainer.val_dataloaders
+    if not loaders and trainer.enable_validation and trainer.datamodule is not None:  # type: ignore[attr-defined]
+        loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]  # not asked for by Lightning yet
+    loader: Any = loaders or trainer.train_dataloader
+    while isinstance(loader, (list, tuple)):
+        loader = loader[0]
+    images: Any = loader.dataset
+    if index >= len(images):
+        raise InputError(f"image must be below {len(images)}, the number of images, but got {index}")
+    if isinstance(images, ImageSet):
+        images = replace(images, augmentation=None)
+    with isolate_rng():
+        one = DataLoader(Subset(images, [index]), collate_fn=loader.collate_fn)
+        batch = trainer.strategy.batch_to_device(next(iter(one)))
+    image: Tensor = batch[0] if isinstance(batch, (list, tuple)) else batch
+    return image
+
+
+def kernel_diversity(kernels: Tensor, planes: int) -> Tensor:
+    r"""How different the kernels are that one learned kernel becomes, from 0 (equal up to a factor) to 1 (orthogonal).
+
+    It is the mean of :math:`1 - |\cos(D_{oj}, D_{oj'})|` over all o and all pairs j < j'. A sign does not count,
+    because a kernel and its negative see the same. For binary kernels of which a share s of the signs differ it is
+    :math:`1 - |1 - 2s|`.
+
+    Args:
+        kernels: D or Q, (O * J, in, kh, kw), of which those of one o lie side by side.
+        planes: J or K, at least 2.
+
+    Returns:
+        A scalar.
+    """
+    groups = F.normalize(kernels.reshape(-1, planes, kernels[0].numel()), dim=2)
+    cosines = (groups @ groups.mT).abs().triu(1)
+    return 1 - cosines.sum() / (len(groups) * planes * (planes - 1) / 2)
+
+
+def draw_diversity(image: Tensor, kernels: Tensor, maps: Tensor, title: str) -> Figure:
+    """An image, and a column for each kernel with its feature map and the map's sign.
+
+    Args:
+        image: (C, H, W), drawn from its darkest to its brightest value.
+        kernels: (n, kh, kw).
+        maps: (n, H', W').
+        title: of the figure.
+    """
+    count = len(kernels)
+    figure = Figure(figsize=(3.2 + 1.3 * count, 4.8), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    grid = figure.add_gridspec(3, count + 1, width_ratios=[1.5, *[1] * count])
+    image = image.float().cpu()
+    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
+    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-12)
+    axes = figure.add_subplot(grid[:, 0], xticks=[], yticks=[], xlabel=f"{_size(image)} pixels")
+    axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray")
+    axes.set_title("image", fontsize="medium")
+    rows = (
+        (f"kernel\n{_size(kernels)}", "weight", kernels),
+        (f"feature map\n{_size(maps)} pixels", "activation", maps),
+        (f"sign of map\n{_size(maps)} pixels", "sign", sign(maps)),
+    )
+    for row, (label, unit, pictures) in enumerate(rows):
+        pictures = pictures.float().cpu()
+        most = float(pictures.abs().max().clamp(min=1e-12))
+        panels = [figure.add_subplot(grid[row, column + 1], xticks=[], yticks=[]) for column in range(count)]
+        for column, (axes, picture) in enumerate(zip(panels, pictures, strict=True)):
+            drawn = axes.imshow(picture.numpy(), cmap="gray", vmin=-most, vmax=most, interpolation="nearest")
+            if row == 0:
+                axes.set_title(f"channel {column}", fontsize="medium")
+                for border in range(1, picture.shape[0]):
+                    axes.axhline(border - 0.5, color="0.7", linewidth=0.6)
+                for border in range(1, picture.shape[1]):
+                    axes.axvline(border - 0.5, color="0.7", linewidth=0.6)
+        panels[0].set_ylabel(label)
+        ticks = [-most, most] if unit == "sign" else [-most, 0, most]
+        figure.colorbar(drawn, ax=panels, label=unit, ticks=ticks, format="%.2g", aspect=12)
+    return figure
+
+
+def _size(pictures: Tensor) -> str:
+    height, width = pictures.shape[-2:]
+    return f"{width} × {height}"

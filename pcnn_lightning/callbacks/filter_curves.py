@@ -1,0 +1,208 @@
+"""What the second set of parameters, M-Filters or projection matrices, does in the course of a run."""
+
+import csv
+from itertools import product
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pcnn_lightning.callbacks.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    DrawingCallback,
+    one_bit_layers,
+    short_name,
+)
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d
+
+MOST_POINTS, MOST_PANELS = 500, 8
+COLOURS, DASHES = (BLUE, ORANGE, GREEN, PINK, GREY), ("-", "--", "-.")  # of rows and columns
+
+OneBitConv2d = ProjectionConv2d | ModulatedConv2d
+
+
+class FilterCurves(DrawingCallback):
+    """Record each element of one layer's M-Filters, or projection matrices, against training steps (figure 3.11).
+
+    M is recorded as it acts, |M| or, in MCN-1, the mean of |M|, so that a plane has one element; W as it is learned.
+    Whenever an epoch ends, TensorBoard gets mean and standard deviation of each plane's elements, as
+    ``filters/<layer>/plane0/mean`` and ``…/std``. At the end of training, or when it is broken off, ``filters.csv``
+    (step, plane, row, column, value) and ``filters.png`` go to the folder of the run's logs; if ``layer`` is given,
+    its name follows ``filters``. A resumed run continues its curves.
+
+    Step 0 and the last step are recorded, and those between at even distances, which double whenever there would be
+    more than 500. Only the first process records, and it waits for the device once an epoch. A network without 1-bit
+    layers leaves nothing.
+
+    Args:
+        layer: name of the layer, without ``net.`` or ``net.features.``; None takes the first 1-bit layer.
+        every_n_steps: optimizer steps between two records; None takes the trainer's ``log_every_n_steps``.
+
+    Raises:
+        ValueError: if ``every_n_steps`` is not positive.
+        InputError: when training starts, if there is no 1-bit layer of that name.
+    """
+
+    def __init__(self, layer: str | None = None, every_n_steps: int | None = None) -> None:
+        super().__init__()
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1 or null, but got {every_n_steps}")
+        self.layer, self.every_n_steps = layer, every_n_steps
+        self.steps: list[int] = []
+        self.values = torch.empty(0)  # (len(steps), planes, kh, kw), on the CPU
+        self._waiting: list[tuple[int, Tensor]] = []  # on the device
+        self._chosen: tuple[str, OneBitConv2d] | None = None
+        self._every = 1
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(layer=self.layer)  # several layers may be recorded, each by its callback
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._chosen = choose_layer(pl_module, self.layer)
+        self._every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        before = [step for step in self.steps if step < trainer.global_step]  # all, unless this is another run
+        self.steps, self.values, self._waiting = before, self.values[: len(before)], []
+        self._record(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self._distance(trainer.global_step) == 0:
+            self._record(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._collect()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer)
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._collect()
+        return {"steps": self.steps, "values": self.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.values = state_dict["steps"], state_dict["values"]
+
+    def _distance(self, step: int) -> int:
+        """Steps between two records in a run of ``step`` steps."""
+        distance = self._every
+        while step > distance * MOST_POINTS:
+            distance *= 2
+        return distance
+
+    def _record(self, trainer: Trainer) -> None:
+        if self._chosen is None or self.folder is None:
+            return
+        last = self._waiting[-1][0] if self._waiting else self.steps[-1] if self.steps else -1
+        if trainer.global_step > last:  # several batches may make one step
+            self._waiting.append((trainer.global_step, acting_filters(self._chosen[1])))
+        if len(self._waiting) > MOST_POINTS:  # an epoch may have no end
+            self._collect()
+
+    def _collect(self) -> None:
+        """Take over what waits on the device."""
+        if not self._waiting or self._chosen is None:
+            return
+        steps = [step for step, _ in self._waiting]
+        values = torch.stack([value for _, value in self._waiting]).float().cpu()
+        self._waiting = []
+        deviations, means = torch.std_mean(values, dim=(-2, -1), correction=0)
+        for writer in self.writers:
+            for name, measure in (("mean", means), ("std", deviations)):
+                for step, planes in zip(steps, measure.tolist(), strict=True):
+                    for plane, value in enumerate(planes):
+                        writer.add_scalar(f"filters/{self._chosen[0]}/plane{plane}/{name}", value, step)
+        self.steps, self.values = self.steps + steps, torch.cat([self.values, values])
+        distance = self._distance(steps[-1])
+        kept = [index for index, step in enumerate(self.steps) if step % distance == 0 or step == steps[-1]]
+        self.steps, self.values = [self.steps[index] for index in kept], self.values[kept]
+
+    def _write(self, trainer: Trainer) -> None:
+        self._collect()
+        if not self.steps or self.folder is None or self._chosen is None:
+            return
+        name, layer = self._chosen
+        file_name = "filters" if self.layer is None else f"filters_{name}"
+        symbol = "|M|" if isinstance(layer, ModulatedConv2d) else "W"
+        self.show(file_name, draw_filters(self.steps, self.values, symbol, name), trainer.current_epoch)
+        with (self.folder / f"{file_name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "plane", "row", "column", "value"])
+            places = [tuple(place) for place in torch.ones_like(self.values[0]).nonzero().tolist()]
+            for step, values in zip(self.steps, self.values.flatten(1).tolist(), strict=True):
+                writer.writerows((step, *place, value) for place, value in zip(places, values, strict=True))
+
+
+def choose_layer(module: torch.nn.Module, name: str | None) -> tuple[str, OneBitConv2d] | None:
+    """A 1-bit layer and its name, without ``net.features.`` or ``net.``; None if ``module`` has no such layers.
+
+    Args:
+        module: where to look.
+        name: of the layer, with or without that beginning; None takes the first.
+
+    Raises:
+        InputError: if there are 1-bit layers, but none of that name.
+    """
+    layers = {key: layer for key, layer in one_bit_layers(module).items() if isinstance(layer, OneBitConv2d)}
+    if not layers:
+        return None
+    chosen = next(iter(layers)) if name is None else short_name(name)
+    if chosen not in layers:
+        raise InputError(f"there is no 1-bit layer {name}; there are {', '.join(layers)}")
+    return chosen, layers[chosen]
+
+
+def acting_filters(layer: OneBitConv2d) -> Tensor:
+    """A copy of W (J, kh, kw), or of |M| (K, kh, kw), averaged to (K, 1, 1) where it acts by its mean (MCN-1)."""
+    if isinstance(layer, ProjectionConv2d):
+        return layer.projection.detach().clone()
+    filters = layer.modulation.detach().abs()
+    return filters.mean(dim=(-2, -1), keepdim=True) if layer.average else filters
+
+
+def draw_filters(steps: list[int], values: Tensor, symbol: str, layer: str) -> Figure:
+    """Elements of filters against steps, one panel a plane, with the mean of each plane dotted.
+
+    Args:
+        steps: (T,) optimizer steps.
+        values: (T, planes, kh, kw); of more than eight planes the first eight are drawn.
+        symbol: what the filters are called: ``|M|`` or ``W``.
+        layer: name of their layer.
+    """
+    count, (rows, columns) = min(values.shape[1], MOST_PANELS), values.shape[2:]
+    height = -(-count // 2)
+    figure = Figure(figsize=(8, 1.2 + 1.9 * height), dpi=120, layout="constrained")
+    panels = figure.subplots(height, min(count, 2), sharex=True, sharey=True, squeeze=False).flatten()
+    for plane, axes in enumerate(panels[:count]):
+        for row, column in product(range(rows), range(columns)):
+            colour, dash = COLOURS[row % len(COLOURS)], DASHES[column % len(DASHES)]
+            label = f"row {row}, column {column}"
+            axes.plot(steps, values[:, plane, row, column], dash, color=colour, linewidth=1.2, label=label)
+        axes.plot(steps, values[:, plane].mean(dim=(-2, -1)), ":", color="black", linewidth=2, label="mean")
+        axes.set_title(f"plane {plane}", fontsize="medium")
+        axes.grid(alpha=0.25)
+        axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(labelbottom=plane >= count - 2)
+    for axes in panels[count:]:
+        axes.remove()
+    more = f" (first {count} of {values.shape[1]} planes)" if count < values.shape[1] else ""
+    figure.suptitle(f"layer {layer}{more}", fontsize="medium")
+    figure.supxlabel("optimizer step", fontsize="medium")
+    figure.supylabel(f"element of {symbol}", fontsize="medium")
+    if rows * columns <= 9:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside right center")
+    return figure

@@ -1,0 +1,146 @@
+"""How many signs of the 1-bit kernels still change from one epoch to the next."""
+
+import csv
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from pcnn_lightning.callbacks.drawing import DrawingCallback, mark_stages, one_bit_layers
+
+
+class FlipRatio(DrawingCallback):
+    """Record the share of signs that an epoch has changed in the kernels that convolve (D of PCNN, Q of MCN).
+
+    A sign is -1, 0 or +1: in a ternary layer, going to or from zero is a change like any other, and with the first
+    binary epoch every zero changes. The first epoch is compared with the kernels that it began with. Scalars are
+    ``flips/<layer>``, ``flips/<first part of its name>`` (a stage of the network, such as ``stage1``) and
+    ``flips/total``, and the share of zeros in ternary layers, ``zeros/...`` alike. ``flips.csv`` and the figure
+    ``flips`` are written at the end of the run. A resumed run goes on with what it had recorded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[dict[str, Any]] = []
+        """``epoch``, ``stage``, and shares by name in ``flips`` and ``zeros``."""
+        self._signs: dict[str, Tensor] = {}  # of each layer at the end of the last epoch: -1, 0 and 1 (int8)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.folder is not None and not self._signs:
+            self._signs = signs_of(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.folder is None or not self._signs:
+            return
+        before, self._signs = self._signs, signs_of(pl_module)
+        counts = []
+        for name, signs in self._signs.items():
+            changed = signs != before[name].to(signs.device)[: len(signs)]  # unpacked ones are longer
+            counts.append(torch.stack([changed.sum(), (signs == 0).sum()]))
+        flipped, zero = torch.stack(counts).T.tolist()  # waits for the device once
+        sizes = {name: len(signs) for name, signs in self._signs.items()}
+        flips, zeros = dict(zip(sizes, flipped, strict=True)), dict(zip(sizes, zero, strict=True))
+        for name, layer in one_bit_layers(pl_module).items():
+            if getattr(layer, "levels", None) != "ternary":
+                del zeros[name]
+        row: dict[str, Any] = {"epoch": trainer.current_epoch, "stage": str(getattr(pl_module, "stage", ""))}
+        row |= {"flips": shares(flips, sizes), "zeros": shares(zeros, sizes)}
+        self.epochs.append(row)
+        scalars = {f"{kind}/{name}": share for kind in ("flips", "zeros") for name, share in row[kind].items()}
+        for logger in trainer.loggers:  # pl_module.log would have every process take part
+            logger.log_metrics(scalars, step=trainer.fit_loop.total_batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._show()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "signs": {name: pack(signs) for name, signs in self._signs.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = state_dict["epochs"]
+        self._signs = {name: unpack(packed) for name, packed in state_dict["signs"].items()}
+
+    def _show(self) -> None:
+        if self.folder is None or not self.epochs:
+            return
+        self.show("flips", draw_flips(self.epochs), self.epochs[-1]["epoch"])
+        with (self.folder / "flips.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["epoch", "stage", "layer", "flips", "zeros"])
+            for row in self.epochs:
+                for name, share in row["flips"].items():
+                    writer.writerow([row["epoch"], row["stage"], name, share, row["zeros"].get(name, "")])
+
+
+def signs_of(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Signs of the kernels that convolve, each layer's in a row: -1, 0 and 1 (int8), on its device."""
+    layers = one_bit_layers(pl_module)
+    return {name: layer.quantized_weight().sign().to(torch.int8).flatten() for name, layer in layers.items()}
+
+
+def pack(signs: Tensor) -> Tensor:
+    """Four signs (int8) a byte, on the CPU; what is missing of the last four is filled up with zeros."""
+    fours = (F.pad(signs, (0, -len(signs) % 4)) + 1).to(torch.uint8).view(-1, 4)
+    return (fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6).cpu()
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The signs (int8) that :func:`pack` was given, filled up with zeros to a multiple of four."""
+    return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten().to(torch.int8) - 1
+
+
+def shares(counts: dict[str, int], sizes: dict[str, int]) -> dict[str, float]:
+    """Of what is counted by layer, the shares by layer, by the first part of a layer's name, and in ``total``."""
+    sums: dict[str, tuple[int, int]] = {}
+    for name, count in counts.items():
+        for group in dict.fromkeys(("total", name.partition(".")[0], name)):  # once, where a layer is a stage
+            known, size = sums.get(group, (0, 0))
+            sums[group] = (known + count, size + sizes[name])
+    return {group: count / size for group, (count, size) in sums.items()}
+
+
+def draw_flips(epochs: list[dict[str, Any]]) -> Figure:
+    """Share of changed signs against epochs: in total, and by layer, coloured by depth.
+
+    Args:
+        epochs: entries of :attr:`FlipRatio.epochs`.
+    """
+    names = list(epochs[-1]["flips"])
+    layers = [name for name in names if not any(other.startswith(f"{name}.") for other in names) and name != "total"]
+    figure = Figure(figsize=(7, 4), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    colours = colormaps["viridis_r"](np.linspace(0.15, 1, len(layers)))  # less the yellow that is lost on white
+    mark = "." if len(epochs) == 1 else ""  # one epoch makes no line
+    for name, colour in zip(layers, colours, strict=True):
+        _plot(axes, epochs, name, color=colour, linewidth=0.9, marker=mark)
+    _plot(axes, epochs, "total", color="black", linewidth=2.2, marker=mark, label="all layers")
+    mark_stages(axes, epochs)
+    # From half of all signs at the switch to one in ten thousand at the end; and zero, which a logarithm has not.
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0, 3 * max(axes.get_ylim()[1], 0.01))  # with room for the names of the stages
+    axes.set(xlabel="epoch", ylabel="signs changed in an epoch (%)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    depth = ScalarMappable(Normalize(0.5, len(layers) + 0.5), ListedColormap(colours))
+    ticks = MaxNLocator(8, integer=True, min_n_ticks=1)
+    figure.colorbar(depth, ax=axes, label="1-bit layer, counted from the input", ticks=ticks)
+    return figure
+
+
+def _plot(axes: Axes, epochs: list[dict[str, Any]], name: str, **style: Any) -> None:
+    axes.plot([row["epoch"] for row in epochs], [100 * row["flips"][name] for row in epochs], **style)

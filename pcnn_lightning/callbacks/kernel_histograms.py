@@ -1,0 +1,186 @@
+"""How the learned kernels C are distributed, epoch by epoch (figures 3.14 and 3.15)."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, one_bit_layers
+from pcnn_lightning.layers import QuantizedConv2d
+
+STATISTICS = ("mean", "mean_abs", "std_abs", "bimodality")
+
+
+class KernelHistograms(DrawingCallback):
+    """Record the distribution of the learned kernels C of each 1-bit layer.
+
+    The projection loss draws C of a binary layer towards ±mean|C|: the histogram splits into two lobes, and the spread
+    of |C| shrinks. That of a ternary layer has a lobe at zero as well.
+
+    TensorBoard gets a histogram ``kernels/<layer>`` over epochs, and four scalars a layer: ``mean``, ``mean_abs``,
+    ``std_abs`` (the spread of |C|) and ``bimodality``, which is Sarle's coefficient (skewness² + 1) / kurtosis of C: 1
+    for two points, 5/9 for a uniform distribution, 1/3 for a Gaussian one. ``kernels.csv`` holds the same scalars.
+
+    Two figures show the first 1-bit layer, at the end of each stage and of the run: ``kernels_last``, its last
+    histogram, and ``kernels_over_epochs``, up to six of them. A resumed run goes on with what it had recorded.
+
+    Args:
+        every_n_epochs: record epochs 0, n, 2n, ..., and the last of the run and of a stage that is planned to end.
+        bins: of a histogram, which reaches from -max|C| to max|C|.
+
+    Raises:
+        ValueError: if there is no such number of epochs or bins.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, bins: int = 64) -> None:
+        super().__init__()
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, but got {every_n_epochs}")
+        if bins < 2:
+            raise ValueError(f"bins must be at least 2, but got {bins}")
+        self.every_n_epochs, self.bins = every_n_epochs, bins
+        self.rows: list[dict[str, Any]] = []
+        """An epoch and layer each: ``epoch``, ``stage``, ``layer`` and ``STATISTICS``."""
+        self.histograms: list[dict[str, Any]] = []
+        """Of the first layer: what its row says, with ``limit`` (max|C|) and ``counts``."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.folder is None:
+            return
+        stage = str(getattr(pl_module, "stage", ""))
+        if self.rows and self.rows[-1]["stage"] != stage:
+            self._show()  # how the stage before has ended
+        layers = one_bit_layers(pl_module)
+        if layers and self._is_due(trainer, pl_module):
+            self._record(trainer, stage, layers)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._show()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "histograms": self.histograms}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.histograms = state_dict["rows"], state_dict["histograms"]
+
+    def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        planned = (trainer.max_epochs, getattr(pl_module, "stage_end", None))
+        is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        return is_last or trainer.current_epoch + 1 in planned or trainer.current_epoch % self.every_n_epochs == 0
+
+    def _record(self, trainer: Trainer, stage: str, layers: dict[str, QuantizedConv2d]) -> None:
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        measured = torch.stack([statistics(weight) for weight in weights.values()]).tolist()
+        if not all(0 < limit < math.inf for *_, limit in measured):
+            return  # all zero, or diverged, which is for the module to report
+        place = {"epoch": trainer.current_epoch, "stage": stage}
+        scalars: dict[str, float] = {}
+        for index, ((name, weight), (*values, limit)) in enumerate(zip(weights.items(), measured, strict=True)):
+            row = {**place, "layer": name, **dict(zip(STATISTICS, values, strict=True))}
+            counts = count(weight, limit, self.bins).tolist()
+            self.rows.append(row)
+            if index == 0:
+                self.histograms.append({**row, "limit": limit, "counts": counts})
+            scalars |= {f"kernels/{name}/{statistic}": row[statistic] for statistic in STATISTICS}
+            for writer in self.writers:
+                writer.add_histogram_raw(
+                    f"kernels/{name}",
+                    min=-limit,
+                    max=limit,
+                    num=weight.numel(),
+                    sum=weight.numel() * row["mean"],
+                    sum_squares=weight.numel() * (row["mean_abs"] ** 2 + row["std_abs"] ** 2),
+                    bucket_limits=edges(limit, self.bins),
+                    bucket_counts=[0, *counts],  # the first bucket ends where the first bin begins
+                    global_step=trainer.current_epoch,
+                )
+        for logger in trainer.loggers:  # pl_module.log would have every process take part
+            logger.log_metrics(scalars, step=trainer.fit_loop.total_batch_idx)
+
+    def _show(self) -> None:
+        if self.folder is None or not self.rows:
+            return
+        epoch = self.rows[-1]["epoch"]
+        self.show("kernels_last", draw_kernels(self.histograms[-1]), epoch)
+        self.show("kernels_over_epochs", draw_kernels_over_epochs(self.histograms), epoch)
+        self.write("kernels", self.rows)
+
+
+def statistics(weight: Tensor) -> Tensor:
+    """``STATISTICS`` of ``weight`` and its max|C|: (5,), on its device."""
+    mean, magnitude = weight.mean(), weight.abs()
+    standardised = (weight - mean) / weight.std(correction=0)
+    bimodality = (standardised.pow(3).mean().square() + 1) / standardised.pow(4).mean()
+    return torch.stack([mean, magnitude.mean(), magnitude.std(correction=0), bimodality, magnitude.max()])
+
+
+def count(weight: Tensor, limit: float, bins: int) -> Tensor:
+    """How many elements lie in each of ``bins`` between ``-limit`` and ``limit``: (bins,), on the weight's device."""
+    # Not torch.histc, which trainer.deterministic forbids on a GPU.
+    places = (weight.flatten() / limit + 1) * (bins / 2)
+    return torch.bincount(places.long().clamp(0, bins - 1), minlength=bins)
+
+
+def edges(limit: float, bins: int) -> list[float]:
+    """Where the bins of :func:`count` begin, and where the last one ends."""
+    return [limit * (2 * index / bins - 1) for index in range(bins + 1)]
+
+
+def draw_kernels(histogram: dict[str, Any]) -> Figure:
+    """Figure 3.14: the distribution of C in a layer, with ±mean|C| marked.
+
+    Args:
+        histogram: an entry of :attr:`KernelHistograms.histograms`.
+    """
+    figure = Figure(figsize=(7, 4), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(*_density(histogram), fill=True, color=BLUE, alpha=0.8)
+    for side in (-1, 1):
+        label = f"±mean|C| = ±{histogram['mean_abs']:.3g}" if side > 0 else None
+        axes.axvline(side * histogram["mean_abs"], color=ORANGE, linewidth=1.5, linestyle="--", label=label)
+    axes.set(xlabel="C, learned kernel element (no unit)", ylabel="density (per unit of C)")
+    axes.set_title(f"{histogram['layer']}, {_when(histogram)}", loc="left", fontsize="medium")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    return figure
+
+
+def draw_kernels_over_epochs(histograms: list[dict[str, Any]], panels: int = 6) -> Figure:
+    """Figure 3.15: the distribution of C in a layer, from its first to its last epoch on record.
+
+    Args:
+        histograms: entries of :attr:`KernelHistograms.histograms`.
+        panels: how many of them to draw at most, evenly spaced.
+    """
+    panels = min(panels, len(histograms))
+    chosen = [histograms[index * (len(histograms) - 1) // max(panels - 1, 1)] for index in range(panels)]
+    figure = Figure(figsize=(7, 1.2 + 0.8 * panels), dpi=140, layout="constrained")
+    for axes, histogram in zip(figure.subplots(panels, sharex=True, squeeze=False).flat, chosen, strict=True):
+        axes.stairs(*_density(histogram), fill=True, color=BLUE, alpha=0.8)
+        for side in (-1, 1):
+            axes.axvline(side * histogram["mean_abs"], color=ORANGE, linewidth=1.2, linestyle="--")
+        axes.set_yticks([])
+        axes.spines[["left", "top", "right"]].set_visible(False)
+        spread = f"spread of |C|\n{histogram['std_abs']:.3g}"
+        when = _when(histogram).replace(", ", "\n")
+        axes.text(-0.01, 0, when, transform=axes.transAxes, ha="right", va="bottom", fontsize="small")
+        axes.text(1.01, 0, spread, transform=axes.transAxes, ha="left", va="bottom", fontsize="small")
+    axes.set_xlabel("C, learned kernel element (no unit); dashed: ±mean|C|")
+    figure.supylabel("density (each panel on its own scale)", fontsize="medium")
+    figure.suptitle(str(chosen[0]["layer"]), fontsize="medium")
+    return figure
+
+
+def _density(histogram: dict[str, Any]) -> tuple[list[float], list[float]]:
+    counts, limit = histogram["counts"], histogram["limit"]
+    width = 2 * limit / len(counts)
+    return [value / (sum(counts) * width) for value in counts], edges(limit, len(counts))
+
+
+def _when(histogram: dict[str, Any]) -> str:
+    return f"epoch {histogram['epoch']}, {histogram['stage']}".removesuffix(", ")
