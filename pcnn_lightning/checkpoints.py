@@ -2,6 +2,7 @@
 
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write ``checkpoint`` to ``path``, a local file.
+        """Write ``checkpoint`` to ``path``; to a remote one, ``scheme://...``, as Lightning does.
 
         Raises:
             InputError: if the file cannot be written.
         """
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, str(path), storage_options)
         place, content = Path(path), io.BytesIO()
         torch.save(checkpoint, content)
         unfinished = place.with_name(f"{place.name}.part")
@@ -38,7 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             unfinished.replace(place)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
             raise InputError(
                 f"checkpoint {place} cannot be written ({error.strerror}); what was there before is whole"
             ) from error

@@ -101,6 +101,8 @@ class SaveConfig(SaveConfigCallback):
 class OneBitCLI(LightningCLI):
     """LightningCLI with the model's shape linked to the data, and checkpoints read as the first layer of the config."""
 
+    _step_before: int | None = None  # of the checkpoint that a run goes on from, if the user names one
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "summary": {"model", "datamodule"}}
@@ -176,7 +178,8 @@ class OneBitCLI(LightningCLI):
 
     def after_fit(self) -> None:
         path = self.trainer.ckpt_path
-        if path is not None and self.trainer.global_step == self._step_before:
+        went_on = self.trainer.global_step != self._step_before or "val/accuracy" in self.trainer.callback_metrics
+        if self._step_before is not None and not went_on:
             raise InputError(
                 f"{path} has trained for {self.trainer.current_epoch} epochs already: "
                 "set trainer.max_epochs (or max_steps) higher to go on"

@@ -1,5 +1,6 @@
 """Ends a run between two batches, so that the checkpoint it leaves is exact."""
 
+import os
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ class Interruption:
         self.status = 128 + signal.SIGTERM
 
     def __enter__(self) -> "Interruption":
-        self._before = signal.getsignal(signal.SIGINT)
+        self._before, self._process = signal.getsignal(signal.SIGINT), os.getpid()
         if threading.current_thread() is threading.main_thread():  # the only one that signals reach
             signal.signal(signal.SIGINT, self._ask)
         return self
@@ -30,6 +31,9 @@ class Interruption:
             signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, *_: Any) -> None:
+        # A terminal sends Ctrl-C to loaders' workers and to further processes too, which the first process ends.
+        if os.getpid() != self._process or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):  # nothing is trained yet
             raise KeyboardInterrupt

@@ -190,16 +190,17 @@ class Ask(Callback):
         self.seen += 1
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("batch", [0, 3, 5, 7, 8, 10, 15])  # 4 an epoch; the switch lies at 8
-def test_a_run_that_was_asked_to_end_goes_on_bit_equal(tmp_path, batch, accumulate):
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 4), (3, 4), (3, 2)])  # batches an update, and to a validation
+@pytest.mark.parametrize("batch", [0, 3, 5, 7, 8, 10, 13, 15])  # 4 an epoch; the switch lies at 8
+def test_a_run_that_was_asked_to_end_goes_on_bit_equal(tmp_path, batch, accumulate, every):
     def run(folder, *more, **arguments):
         torch.manual_seed(arguments.pop("seed", 0))
         eta = 0.3 if accumulate > 1 else 0.0
         model = tiny_pcnn(**PROGRESSIVE, accumulate=accumulate, eta=eta)
         used = [StageSwitch(2), LossCurves(), StageCheckpoint(str(tmp_path / folder))]
         data = tiny_digits(crop_padding=1)
-        fit(model, data, max_epochs=4, callbacks=[*used, *more], enable_checkpointing=True, **arguments)
+        arguments |= {"max_epochs": 4, "enable_checkpointing": True, "val_check_interval": every}
+        fit(model, data, callbacks=[*used, *more], **arguments)
         return model, used
 
     whole, first = run("whole")

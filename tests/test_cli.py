@@ -21,6 +21,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -876,3 +877,51 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(command, f
     ]
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
     assert not all(torch.equal(ends[0][name], value) for name, value in ends[2].items())
+
+
+def test_an_evaluation_that_is_ended_leaves_no_checkpoint(command):
+    command(*FIT, *KEEP)
+    before = {file.name: file.read_bytes() for file in Path("kept").iterdir()}
+    ended = command("test", *DIGITS, *TRAINING, *KEEP, "--ckpt_path=last", "--trainer.callbacks+=test_cli.SignalInTest")
+    assert ended.code == 143
+    assert {file.name: file.read_bytes() for file in Path("kept").iterdir()} == before
+
+
+class SignalInTest(Callback):
+    """Sends SIGTERM in the first batch of a test."""
+
+    def on_test_batch_start(self, *_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_workers_too_and_still_leaves_a_checkpoint(tmp_path):
+    """A terminal sends it to the whole process group."""
+    config = ROOT / "configs" / "digits.yaml"
+    command = [sys.executable, "-m", "pcnn_lightning", "fit", f"--config={config}", "--data.init_args.num_workers=2"]
+    command += ["--trainer.enable_progress_bar=false"]
+    with Path(tmp_path, "out").open("w") as out:
+        run = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=out, stderr=out)
+        last = tmp_path / "runs/digits/checkpoints/last.ckpt"
+        end = time.monotonic() + 120
+        while not last.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)
+        status = run.wait(60)
+    said = Path(tmp_path, "out").read_text()
+    assert status == 130, said
+    assert said.count("Ending after this batch") == 1
+    assert "Traceback" not in said
+    assert torch.load(last, weights_only=True)["global_step"] > 0
+
+
+def test_a_requeued_run_that_lightning_resumes_by_itself_ends_well(command):
+    command(*FIT, *KEEP)
+    Path("kept/last.ckpt").rename("hpc_ckpt_1.ckpt")
+    run = command(*FIT, "--trainer.max_epochs=2", "--trainer.plugins+=test_cli.Slurm", "--trainer.default_root_dir=.")
+    assert run.code == 0, run.err
+    assert run.cli.trainer.global_step == 4
+
+
+class Slurm(LightningEnvironment):
+    """Any environment will do: Lightning looks for checkpoints of a requeued run in default_root_dir by itself."""

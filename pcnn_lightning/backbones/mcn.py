@@ -89,7 +89,7 @@ def mcn_small(
         block: OrderedDict[str, nn.Module] = OrderedDict(conv=convolution(channels, width, 3, 1, 1))
         block["norm"], last = nn.BatchNorm2d(width), index == 3
         block["activation"] = nn.ReLU() if last else non_linear(activation)
-        block["pool"] = nn.AdaptiveMaxPool2d(1) if last else nn.MaxPool2d(2, ceil_mode=True)
+        block["pool"] = WholeMaxPool() if last else nn.MaxPool2d(2, ceil_mode=True)
         layers[f"stage{index + 1}"] = nn.Sequential(block)
         channels = width
     layers["flatten"] = nn.Flatten()
@@ -109,6 +109,13 @@ class RepeatChannels(nn.Module):
 
     def extra_repr(self) -> str:
         return f"planes={self.planes}"
+
+
+class WholeMaxPool(nn.Module):
+    """The largest value of each map, (B, C, H, W) → (B, C, 1, 1); torch's own has no deterministic gradient on GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(dim=(-2, -1), keepdim=True)
 
 
 class TwoConvBlock(nn.Module):

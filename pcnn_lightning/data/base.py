@@ -1,5 +1,6 @@
 """What all image data modules have in common."""
 
+import signal
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -227,6 +228,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": _as_it_is,
+            "worker_init_fn": _leave_interrupts_to_the_first_process if self.num_workers > 0 else None,
             "generator": torch.Generator(),  # a DataLoader without one draws from the global random state
         }
 
@@ -243,6 +245,10 @@ class ImageDataModule(LightningDataModule, ABC):
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
         images = normalize(images, self._mean, self._std)
         return images if batch.labels is None else (images, batch.labels)
+
+
+def _leave_interrupts_to_the_first_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: RawBatch) -> RawBatch:

@@ -34,7 +34,8 @@ class ModulatedConv2d(QuantizedConv2d):
         levels: U, how many values a kernel has before modulation: 2 for ±a, 3 or 4 for centres found by k-means, which
             stay as they are until :meth:`refresh_centers`.
         filter_loss_weight: θ of :meth:`filter_loss`.
-        binarize: False is U-MCN, the reference: kernels are modulated as they are.
+        binarize: False is U-MCN, the reference: kernels are modulated as they are, and Ĉ of the filter loss is C held
+            constant.
         scale: a of two levels; None takes mean|C|, recomputed in every forward pass.
         modulation_init: M ~ N(0, 1) (``"normal"``), U(0, 2) (``"uniform"``), N(1, 0.1) (``"near_one"``) or 1
             (``"ones"``, of which all planes stay equal but for what follows them).
@@ -76,6 +77,8 @@ class ModulatedConv2d(QuantizedConv2d):
             raise ValueError(f"scale must be a positive number or None, but got {scale!r}")
         if scale is not None and levels != 2:
             raise ValueError(f"scale is of two levels, but levels is {levels}, whose values are found by k-means")
+        if not binarize and (levels != 2 or scale is not None):
+            raise ValueError(f"binarize=False has no levels and no scale, but got levels={levels} and scale={scale}")
         check_choice("modulation_init", modulation_init, get_args(ModulationInit))
         self.planes, self.average, self.levels, self.binarize = planes, average, levels, binarize
         self.filter_loss_weight, self.scale, self.modulation_init = filter_loss_weight, scale, modulation_init

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pcnn_lightning.backbones import build_backbone
@@ -14,6 +14,7 @@ from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d
 from pcnn_lightning.losses import CenterLoss
+from pcnn_lightning.modules.metrics import SampleMean
 from pcnn_lightning.modules.two_rates import TwoRateModule
 
 
@@ -76,7 +77,7 @@ class OneBitClassifier(TwoRateModule):
             raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
         # Checking its arguments would wait for the device in every batch.
         # The means of an epoch are kept here, not by Lightning, so that a checkpoint within the epoch can hold them.
-        self.train_means = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in self.train_losses})
+        self.train_means = nn.ModuleDict({name: SampleMean() for name in self.train_losses})
         self.train_means["accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -141,6 +142,8 @@ class OneBitClassifier(TwoRateModule):
             self.net.features.compile()
 
     def on_train_start(self) -> None:
+        if self.center_loss is not None:
+            self.center_loss.gathered = None  # of a run that was broken off in this process
         super().on_train_start()
         if self.trainer.ckpt_path is not None:  # perhaps of an epoch with no more batches to come, but its end
             self._log_means()
@@ -221,7 +224,8 @@ class OneBitClassifier(TwoRateModule):
             # Shown on the scale of an update, but no part of the loss.
             batches = self.hparams["accumulate"] * self.trainer.world_size
             losses["center_loss"] = center_loss(features, labels) * batches
-        self.watch(cross_entropy)
+        if split == "val":
+            self.watch(cross_entropy)
         accuracy = self.val_accuracy if split == "val" else self.test_accuracy
         accuracy.update(logits, labels)
         values = {f"{split}/{name}": value for name, value in losses.items()}
@@ -241,9 +245,7 @@ class OneBitClassifier(TwoRateModule):
             "stage": self.stage,
             "stage_start": self.stage_start,
             "optimizer": self.hparams["optimizer"],
-            "train_means": {
-                name: dict(mean.metric_state) for name, mean in self._means().items() if mean.update_called
-            },
+            "train_means": {name: self._sums(mean) for name, mean in self._means().items() if mean.update_called},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -271,14 +273,18 @@ class OneBitClassifier(TwoRateModule):
         """Take up the run that :meth:`on_save_checkpoint` has described."""
         for name, state in saved["train_means"].items():
             mean = self._means()[name]
-            for part, value in state.items():
-                setattr(mean, part, value.to(self.device))
+            for part, value in state.items():  # sums over all processes, for one of them to take up
+                setattr(mean, part, value.to(self.device) * (self._trainer is None or self.global_rank == 0))
             mean._update_count = 1  # what a metric goes by to tell whether it holds anything
         self.set_stage(saved["stage"])
         self.stage_start, self.stage_end = saved["stage_start"], None  # its end is the callback's to say
 
     def _means(self) -> dict[str, Metric]:
         return cast(dict[str, Metric], dict(self.train_means.items()))
+
+    def _sums(self, mean: Metric) -> dict[str, Tensor]:
+        state = cast(dict[str, Tensor], mean.metric_state)
+        return {part: self.trainer.strategy.reduce(value.clone(), reduce_op="sum") for part, value in state.items()}
 
     def _log_means(self) -> None:
         held = {f"train/{name}": mean for name, mean in self._means().items() if mean.update_called}

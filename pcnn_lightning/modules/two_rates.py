@@ -165,6 +165,9 @@ class TwoRateModule(LightningModule):
         # A resumed optimizer comes with the settings it was saved with; the ones asked for now hold.
         for group, options in zip(self._optimizer().param_groups, self._group_options(), strict=True):
             group.update(options)
+        self.stage_start = min(self.stage_start, self.current_epoch)  # a loaded network may begin a new run
+        self.zero_grad()  # of a run that was broken off in this process
+        self._within_update = self._pending is not None
         if self._pending is not None:
             self.restore_pending(self._pending)
             self._pending = None
@@ -181,7 +184,8 @@ class TwoRateModule(LightningModule):
         self._within_update = not last
         if last:
             self.step()
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and (batch_idx + 1) % every == 0:
             self.check_finite()
 
     def step(self) -> None:
@@ -200,22 +204,27 @@ class TwoRateModule(LightningModule):
             super().on_validation_model_zero_grad()
 
     def pending(self) -> dict[str, Tensor]:
-        """What the batches of an unfinished update have left, by name; equal on all processes."""
+        """What the batches of an unfinished update have left, by name: equal on all processes, free of loss scale."""
         left = {name: one.grad for name, one in self.named_parameters() if one.grad is not None}
-        return {name: self.trainer.strategy.reduce(grad, reduce_op="mean") for name, grad in left.items()}
+        scale = self._loss_scale()
+        return {name: self.trainer.strategy.reduce(grad.clone(), "mean") / scale for name, grad in left.items()}
 
     def restore_pending(self, pending: dict[str, Tensor]) -> None:
         """Take up an unfinished update where :meth:`pending` left it."""
         for name, parameter in self.named_parameters():
             if name in pending:
-                parameter.grad = pending[name].to(parameter)
+                parameter.grad = pending[name].to(parameter) * self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._within_update:
             checkpoint["pending"] = self.pending()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._pending = checkpoint.get("pending")
+        self._pending = checkpoint.get("pending") if self.is_fitting else None
 
     def on_train_epoch_end(self) -> None:
         self.check_finite()
@@ -290,7 +299,10 @@ class TwoRateModule(LightningModule):
         Raises:
             DivergedError: if a loss was no number.
         """
-        step, self._bad_step = math.inf if self._bad_step is None else self._bad_step.item(), None
+        first = torch.tensor(math.inf, device=self.device) if self._bad_step is None else self._bad_step
+        self._bad_step = None
+        # Of all processes, so that they end together rather than wait for the one that has seen it.
+        step = float(self.trainer.strategy.reduce(first, reduce_op="min"))
         if step < math.inf:
             self.diverged(f"the loss became NaN or infinite at step {int(step)}")
 
