@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import fit, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import StageSwitch
-from pcnn_lightning.callbacks.flip_ratio import FlipRatio, draw_flips, pack, shares, unpack
 from pcnn_lightning.callbacks.drawing import one_bit_layers
+from pcnn_lightning.callbacks.flip_ratio import FlipRatio, draw_flips, pack, shares, unpack
 
 FILES = {"flips.csv", "flips.png"}
 LAYERS = ["stage1.0.conv", "stage2.0.conv", "stage3.0.conv"]

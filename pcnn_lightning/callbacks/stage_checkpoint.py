@@ -80,8 +80,9 @@ class StageCheckpoint(ModelCheckpoint):
             print(f"\n{self.table()}")
             best = {f"best/{stage}": best["value"] for stage, best in self.stages.items() if best["value"] is not None}
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.log_hyperparams(dict(pl_module.hparams), best)  # for its page of hyperparameters
+                if isinstance(logger, TensorBoardLogger):  # for its page of hyperparameters
+                    theirs = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
+                    logger.log_hyperparams(theirs, best)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
