@@ -925,3 +925,35 @@ def test_a_requeued_run_that_lightning_resumes_by_itself_ends_well(command):
 
 class Slurm(LightningEnvironment):
     """Any environment will do: Lightning looks for checkpoints of a requeued run in default_root_dir by itself."""
+
+
+# Odd circumstances.
+
+
+class Vanish(Callback):
+    """Takes the folder of the logs away in the middle of a run."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.current_epoch == 1 and Path(trainer.log_dir).exists():
+            shutil.rmtree(trainer.log_dir)
+
+
+def test_a_log_folder_that_vanishes_is_said_and_leaves_the_last_checkpoint(command):
+    flags = [flag for flag in FIT if flag != "--trainer.logger=false"]
+    flags += [*KEEP, "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs"]
+    flags += ["--trainer.callbacks+=LossCurves", "--trainer.callbacks+=test_cli.Vanish", "--trainer.max_epochs=3"]
+    run = command(*flags)
+    run.is_refused("logs")
+    assert Path("kept/last.ckpt").is_file()
+
+
+def test_batches_of_one_image(command):
+    run = command(*FIT, "--data.batch_size=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2")
+    assert run.code == 0, run.err
+    assert run.cli.trainer.global_step == 3
+
+
+def test_a_checkpoint_of_the_other_family_is_refused_by_name(command):
+    command(*FIT, *KEEP)
+    mcn = ["--model=MCN", "--model.backbone=mcn8", "--model.stages=[2,2,2,2]"]
+    command("fit", *DIGITS, *mcn, *QUIET, *KEEP, "--ckpt_path=last").is_refused("holds a PCNN, not a MCN")
