@@ -246,7 +246,7 @@ def test_kernels_of_zeros(levels):
         {"levels": 3},
         {"levels": 4, "average": True},
         {"binarize": False},
-        {"binarize": False, "average": True, "levels": 3},
+        {"binarize": False, "average": True},
     ],
     ids=str,
 )
