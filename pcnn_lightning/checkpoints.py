@@ -2,7 +2,6 @@
 
 import io
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import write_whole
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is whole and on the disk.
-
-    Whatever happens meanwhile, a full disk or ``kill -9``, the file that was there before stays as it was. Lightning
-    writes into the system's temporary folder instead, from where a move may be a copy.
-    """
+    """Writes checkpoints whole or not at all; Lightning's own moves them from a temporary folder, which may copy."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -29,23 +25,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: if the file cannot be written.
         """
         if "://" in str(path):
-            return super().save_checkpoint(checkpoint, str(path), storage_options)
-        place, content = Path(path), io.BytesIO()
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+            return
+        content = io.BytesIO()
         torch.save(checkpoint, content)
-        unfinished = place.with_name(f"{place.name}.part")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(place)
-        except OSError as error:
-            with suppress(OSError):
-                unfinished.unlink()
-            raise InputError(
-                f"checkpoint {place} cannot be written ({error.strerror}); what was there before is whole"
-            ) from error
+        write_whole(Path(path), content.getbuffer())
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from pcnn_lightning.errors import InputError, check_writable
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import check_writable
+from pcnn_lightning.stages import STAGES
 
 EVENTS = "events.out.tfevents.*"
-STAGES = {0: "full_precision", 1: "ternary", 2: "binary"}
-"""What the logged ``stage`` means; said again here, so that whoever compares does not wait for Lightning."""
+NAMES = {number: name for name, number in STAGES.items()}
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
 """Okabe and Ito's, which colour-blind readers can tell apart, with grey for their yellow, too faint for a line."""
@@ -46,7 +47,7 @@ class Run:
 
     def stages(self) -> dict[int, str]:
         """The stage of each epoch, in their order; empty if none was logged."""
-        return {epoch: STAGES.get(int(stage), "") for epoch, stage in self.curves.get("stage", [])}
+        return {epoch: NAMES.get(int(stage), "") for epoch, stage in self.curves.get("stage", [])}
 
     def best(self, metric: str, stage: str) -> tuple[int, float] | None:
         """Epoch and value of the first best validation in ``stage``, which is "" if no stage was logged."""
@@ -209,7 +210,7 @@ def label_runs(runs: Sequence[Run]) -> None:
 def table(runs: Sequence[Run], metric: str = "accuracy") -> str:
     """Best validation of each stage with its epoch, last values, and a test's if there was one; a line a run."""
     occurring = {stage for run in runs for stage in run.stages().values() or [""]}
-    stages = [stage for stage in (*STAGES.values(), "") if stage in occurring]
+    stages = [stage for stage in (*STAGES, "") if stage in occurring]
     tested = any(run.last(f"test/{metric}") is not None for run in runs)
     header = ["run"]
     for stage in stages:

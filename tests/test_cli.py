@@ -21,7 +21,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -918,13 +917,10 @@ def test_ctrl_c_in_a_terminal_reaches_workers_too_and_still_leaves_a_checkpoint(
 def test_a_requeued_run_that_lightning_resumes_by_itself_ends_well(command):
     command(*FIT, *KEEP)
     Path("kept/last.ckpt").rename("hpc_ckpt_1.ckpt")
-    run = command(*FIT, "--trainer.max_epochs=2", "--trainer.plugins+=test_cli.Slurm", "--trainer.default_root_dir=.")
+    # Lightning looks for such a file in default_root_dir by itself.
+    run = command(*FIT, "--trainer.max_epochs=2", "--trainer.default_root_dir=.")
     assert run.code == 0, run.err
     assert run.cli.trainer.global_step == 4
-
-
-class Slurm(LightningEnvironment):
-    """Any environment will do: Lightning looks for checkpoints of a requeued run in default_root_dir by itself."""
 
 
 # Odd circumstances.

@@ -11,10 +11,9 @@ from tiny import fit, tiny_digits, tiny_pcnn
 from torch.utils.tensorboard import SummaryWriter
 
 from pcnn_lightning import StageSwitch, compare
-from pcnn_lightning.compare import COLOURS, STAGES, STYLES, draw_runs, label_runs, read_curves, read_run
+from pcnn_lightning.compare import COLOURS, STYLES, draw_runs, label_runs, read_curves, read_run
 from pcnn_lightning.compare import compare as compare_runs
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.modules import two_rates
 
 
 def write(folder, *epochs, first=0, **settings):
@@ -302,10 +301,6 @@ def test_a_real_run():
     assert run.settings["projection_loss_weight"] == 0.0
     assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
     assert cells(compare_runs(["logs"]))[1][0] == "version_0"
-
-
-def test_stages_are_those_of_training():
-    assert {name: number for number, name in STAGES.items()} == two_rates.STAGES
 
 
 def test_comparing_does_not_wait_for_lightning():

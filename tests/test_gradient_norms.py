@@ -8,9 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import fit, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import StageSwitch
-from pcnn_lightning.callbacks import gradient_norms
 from pcnn_lightning.callbacks.gradient_norms import GradientNorms
-from pcnn_lightning.modules import two_rates
 
 
 class KeepGradients(Callback):
@@ -112,7 +110,3 @@ def test_a_full_precision_network_has_one_gradient(tmp_path):
 def test_without_a_logger_nothing_is_measured_or_left(tmp_path, trainer):
     fit(tiny_pcnn(), callbacks=[GradientNorms()], log_every_n_steps=1, **trainer)
     assert not list(tmp_path.iterdir())
-
-
-def test_stages_have_the_numbers_that_the_module_logs():
-    assert gradient_norms.STAGES == two_rates.STAGES

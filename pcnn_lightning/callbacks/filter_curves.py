@@ -1,6 +1,5 @@
 """What the second set of parameters, M-Filters or projection matrices, does in the course of a run."""
 
-import csv
 from itertools import product
 from typing import Any
 
@@ -138,12 +137,13 @@ class FilterCurves(DrawingCallback):
         file_name = "filters" if self.layer is None else f"filters_{name}"
         symbol = "|M|" if isinstance(layer, ModulatedConv2d) else "W"
         self.show(file_name, draw_filters(self.steps, self.values, symbol, name), trainer.current_epoch)
-        with (self.folder / f"{file_name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", "plane", "row", "column", "value"])
-            places = [tuple(place) for place in torch.ones_like(self.values[0]).nonzero().tolist()]
-            for step, values in zip(self.steps, self.values.flatten(1).tolist(), strict=True):
-                writer.writerows((step, *place, value) for place, value in zip(places, values, strict=True))
+        places = [tuple(place) for place in torch.ones_like(self.values[0]).nonzero().tolist()]
+        rows = [
+            dict(zip(("step", "plane", "row", "column", "value"), (step, *place, value), strict=True))
+            for step, values in zip(self.steps, self.values.flatten(1).tolist(), strict=True)
+            for place, value in zip(places, values, strict=True)
+        ]
+        self.write(file_name, rows)
 
 
 def choose_layer(module: torch.nn.Module, name: str | None) -> tuple[str, OneBitConv2d] | None:

@@ -1,6 +1,5 @@
 """How many signs of the 1-bit kernels still change from one epoch to the next."""
 
-import csv
 from typing import Any
 
 import numpy as np
@@ -77,12 +76,18 @@ class FlipRatio(DrawingCallback):
         if self.folder is None or not self.epochs:
             return
         self.show("flips", draw_flips(self.epochs), self.epochs[-1]["epoch"])
-        with (self.folder / "flips.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["epoch", "stage", "layer", "flips", "zeros"])
-            for row in self.epochs:
-                for name, share in row["flips"].items():
-                    writer.writerow([row["epoch"], row["stage"], name, share, row["zeros"].get(name, "")])
+        rows = [
+            {
+                "epoch": row["epoch"],
+                "stage": row["stage"],
+                "layer": name,
+                "flips": share,
+                "zeros": row["zeros"].get(name),
+            }
+            for row in self.epochs
+            for name, share in row["flips"].items()
+        ]
+        self.write("flips", rows)
 
 
 def signs_of(pl_module: LightningModule) -> dict[str, Tensor]:

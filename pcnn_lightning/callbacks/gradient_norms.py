@@ -4,8 +4,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-STAGES = {"full_precision": 0, "ternary": 1, "binary": 2}
-"""The numbers that stages have in the logs of the module, too."""
+from pcnn_lightning.stages import STAGES
 
 
 class GradientNorms(Callback):

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from pcnn_lightning.errors import InputError, check_writable
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import check_writable
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pcnn_lightning.checkpoints import AtomicCheckpointIO
-from pcnn_lightning.errors import InputError, check_writable
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import check_writable, write_whole
 
 RECORD = "stages.json"
 
@@ -144,7 +145,4 @@ class StageCheckpoint(ModelCheckpoint):
     def _write_record(self, trainer: Trainer) -> None:
         self._note()
         if self.stages and trainer.is_global_zero:
-            record = Path(str(self.dirpath)) / RECORD
-            unfinished = record.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
-            unfinished.replace(record)
+            write_whole(Path(str(self.dirpath)) / RECORD, f"{json.dumps(self.stages, indent=2)}\n".encode())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,6 @@ from pcnn_lightning.data.sampling import (
     EpochLoader,
     EpochSampler,
     Stream,
-    UnrepeatedSampler,
     generator,
     stratified_order,
 )
@@ -215,7 +215,12 @@ class ImageDataModule(LightningDataModule, ABC):
         return DataLoader(self.predict_set, **self._loader_options())
 
     def _evaluation_loader(self, images: ImageSet) -> DataLoader[Any]:
-        return DataLoader(images, sampler=UnrepeatedSampler(images, *self._processes()), **self._loader_options())
+        world_size, rank = self._processes()
+        if len(images) < world_size:
+            raise InputError(f"{len(images)} images to evaluate on cannot be dealt out to {world_size} processes")
+        # The sampler that Lightning puts in otherwise repeats some, which changes what is measured.
+        sampler = UnrepeatedDistributedSampler(images, world_size, rank, shuffle=False)
+        return DataLoader(images, sampler=sampler, **self._loader_options())
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and the rank of this one."""

@@ -89,30 +89,6 @@ class EpochSampler(DistributedSampler[int]):
         return iter(codes[self.start :].tolist())
 
 
-class UnrepeatedSampler(DistributedSampler[int]):
-    """All samples in their order, dealt out to the processes one at a time, none of them twice.
-
-    Lightning's own for evaluation repeats some until all processes have equally many, which changes what is measured.
-    Only where there are fewer samples than processes, some are repeated: a process without any would never report.
-
-    Args:
-        dataset: what is sampled from; only its length matters.
-        num_replicas: number of processes.
-        rank: of this process.
-    """
-
-    def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-        size = len(dataset)  # type: ignore[arg-type]
-        self.indices = range(rank, size, num_replicas) if rank < size else range(rank % size, rank % size + 1)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 class EpochLoader(DataLoader[Any]):
     """A DataLoader that takes up an epoch at the batch where an interrupted run left it.
 

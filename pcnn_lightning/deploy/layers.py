@@ -64,9 +64,8 @@ class FrozenConv2d(nn.Module):
 class FrozenProjectionConv2d(FrozenConv2d):
     """What is left of a :class:`~pcnn_lightning.layers.ProjectionConv2d`: ``conv2d(x, D)``, D = signs * scale.
 
-    It adds what the trained layer adds, in the same order, so that both round alike and the next sign is the same. A
-    runtime that sums signs and multiplies by the scale once is nearer to the exact value, and may differ from both in
-    the last bits.
+    It sums signs and multiplies by the scale once, as the trained layer does in evaluation mode. Sums of signs are
+    whole numbers and exact in any order: whatever sums them, by convolution or by popcount, gets the same bits.
 
     Args:
         levels: ``"binary"`` for signs in {-1, 1}, ``"ternary"`` for {-1, 0, 1}.
@@ -110,6 +109,10 @@ class FrozenProjectionConv2d(FrozenConv2d):
         frozen = cls(*_shape_of(layer), levels=layer.levels)
         frozen.signs, frozen.scale = _signs_and_scale(layer.quantized_weight(), zeros=layer.levels == "ternary")
         return frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = self.signs.to(x.dtype)
+        return F.conv2d(x, signs, None, self.stride, self.padding, self.dilation) * self.scale
 
     def quantized_weight(self) -> Tensor:
         return self.signs.to(self.scale.dtype) * self.scale

@@ -21,7 +21,6 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +36,7 @@ from pcnn_lightning.deploy.description import Description
 from pcnn_lightning.deploy.freeze import freeze
 from pcnn_lightning.deploy.layers import FrozenModulatedConv2d, FrozenProjectionConv2d
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import write_whole
 from pcnn_lightning.functional import Levels
 from pcnn_lightning.layers import SignActivation
 
@@ -113,7 +113,7 @@ def save_packed(network: nn.Module, path: str | os.PathLike[str], description: D
         "description": description.as_dict(),
         "crc32": _checksum(description, codes, floats),
     }
-    _write(Path(path), save({"codes": codes, "floats": floats}, {_KEY: _to_json(header)}))
+    write_whole(Path(path), save({"codes": codes, "floats": floats}, {_KEY: _to_json(header)}))
 
 
 def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
@@ -269,19 +269,3 @@ def _checksum(description: Description, codes: Tensor, floats: Tensor) -> int:
 
 def _to_json(content: object) -> str:
     return json.dumps(content, separators=(",", ":"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside ``path``, then move: a file that is there before stays as it was until the new one is whole."""
-    unfinished = path.parent / f"{path.name}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # the folder may be a file
-            unfinished.unlink()
-        raise InputError(f"{path} cannot be written ({error.strerror})") from error

@@ -90,7 +90,11 @@ class QuantizedConv2d(nn.Module):
         if self.training and torch.is_grad_enabled():
             # Kept for quantization_loss(): its gradient may need what will flow back through these very kernels.
             self._loss_of_forward = loss
-        return F.conv2d(x, quantized, None, self.stride, self.padding, self.dilation)
+        return self.convolve(x, quantized)
+
+    def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """Convolve (B, in_channels, H, W) with the layer's stride, padding and dilation."""
+        return F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:

@@ -16,9 +16,7 @@ from torch.optim import Optimizer
 
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.schedules import LearningRate, Schedule
-
-STAGES = {"full_precision": 0, "ternary": 1, "binary": 2}
-"""Stages by name, and the number that each has in the logs."""
+from pcnn_lightning.stages import STAGES
 
 
 class TwoRateModule(LightningModule):

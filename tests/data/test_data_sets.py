@@ -3,6 +3,7 @@
 import gzip
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,3 +243,22 @@ def test_the_shape_of_images_is_known_before_they_are_read(kind, shape):
     assert kind(image_size=20).image_shape == (shape[0], 20, 20)
     if kind is Digits:
         assert kind(image_size=None).test_set.images.shape[1:] == shape
+
+
+@pytest.mark.parametrize("processes", [1, 2, 7])
+def test_evaluation_sees_each_image_once_whatever_the_processes(processes):
+    seen = {"val": [], "test": []}
+    for rank in range(processes):
+        data = Digits(batch_size=50)
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+            seen[split] += list(loader.sampler)
+    assert sorted(seen["val"]) == list(range(144))
+    assert sorted(seen["test"]) == list(range(360))
+
+
+def test_fewer_images_than_processes_are_refused():
+    data = Digits(val_fraction=0.001)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    with pytest.raises(InputError, match="1 images to evaluate on cannot be dealt out to 2 processes"):
+        data.val_dataloader()

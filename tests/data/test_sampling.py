@@ -11,7 +11,6 @@ from pcnn_lightning.data.datasets import Augmentation, MemoryImages, RawBatch
 from pcnn_lightning.data.sampling import (
     EpochLoader,
     EpochSampler,
-    UnrepeatedSampler,
     generator,
     mixed_seed,
     stratified_order,
@@ -165,14 +164,3 @@ def test_selections_of_selections_share_the_pixels():
     assert batch.labels.tolist() == [2, 8]
     assert torch.equal(batch.images, images.images[[2, 8]])
     assert chosen.unlabelled().__getitems__([1]).labels is None
-
-
-@given(size=st.integers(1, 40), processes=st.integers(1, 5))
-def test_evaluation_sees_each_sample_once_whatever_the_processes(size, processes):
-    shares = [list(UnrepeatedSampler(range(size), processes, rank)) for rank in range(processes)]
-    assert [len(UnrepeatedSampler(range(size), processes, rank)) for rank in range(processes)] == [*map(len, shares)]
-    assert all(share for share in shares)
-    seen = sorted(sample for share in shares for sample in share)
-    if size >= processes:
-        assert seen == list(range(size))
-    assert set(seen) == set(range(size))
