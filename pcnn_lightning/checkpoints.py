@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from pcnn_lightning.deploy import is_packed
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import write_whole
 
@@ -38,6 +39,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         InputError: if there is no such file, or pcnn_lightning did not write it, or not to its end.
     """
+    if is_packed(path):
+        raise InputError(f"{path} is a packed network: it cannot be trained, and is tested by the flag --ckpt_path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -22,11 +23,13 @@ from pcnn_lightning import (
     compare,
     data,  # noqa: F401  (makes its classes known to the parser by their short names)
 )
+from pcnn_lightning.benchmark import Setting, benchmark_inference, benchmark_layer, benchmark_training
 from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint, StageProgressBar
 from pcnn_lightning.checkpoints import load_checkpoint
+from pcnn_lightning.deploy import is_packed, save_onnx, save_packed, save_torch
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.interruption import Interruption
-from pcnn_lightning.modules import OneBitClassifier
+from pcnn_lightning.modules import OneBitClassifier, PackedClassifier, describe
 from pcnn_lightning.summary import NetworkSummary, summarize
 
 LINKED = {"num_classes": 10, "in_channels": 3}
@@ -42,6 +45,9 @@ NOISE = (
     r"Checkpoint directory .* exists and is not empty",  # files of other runs are not overwritten
 )
 """Warnings that a user can do nothing about, or need not."""
+
+EXPORTERS = {"packed": (save_packed, ".safetensors"), "onnx": (save_onnx, ".onnx"), "torch": (save_torch, ".pt2")}
+"""What writes each format of ``export``, and how its files' names end."""
 
 
 class OneBitTrainer(Trainer):
@@ -81,6 +87,86 @@ class OneBitTrainer(Trainer):
         counts = summary_of(model, datamodule)
         print({"table": counts.table, "csv": counts.to_csv, "json": counts.to_json}[format]())
 
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        format: Literal["packed", "onnx", "torch"] = "packed",
+    ) -> None:
+        """Write a trained network as a file for inference.
+
+        Args:
+            model: The model to export.
+            datamodule: The images that it was trained on, for their size, mean, standard deviation and classes.
+            ckpt_path: The checkpoint to take the weights from: a path, ``best`` or ``last``.
+            output: The file to write; ``network`` with the format's ending if not given.
+            format: ``packed``: one bit a sign, for this package. ``onnx`` and ``torch`` (``torch.export``): a byte a
+                sign, for other runtimes.
+        """
+        assert isinstance(model, OneBitClassifier)
+        if ckpt_path is not None:
+            checkpoint = load_checkpoint(ckpt_path)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        save, ending = EXPORTERS[format]
+        path = Path(f"network{ending}" if output is None else output)
+        save(model.net, path, describe(model, datamodule))
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+    def benchmark(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        layer: str | None = None,
+        rounds: int = 20,
+        warmup: int = 5,
+        compile: bool | None = None,
+        precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None,
+        channels_last: bool | None = None,
+        inference: bool = False,
+        batch_sizes: list[int] = [1, 128],  # noqa: B006  (never changed, and shown as it is in --help)
+        format: Literal["table", "json"] = "table",
+    ) -> None:
+        """Time training steps of the model and of its full-precision twin, which take turns.
+
+        Args:
+            model: The model to train.
+            datamodule: The images to train on.
+            layer: Time this 1-bit layer of the network alone, beside an ordinary convolution and, where they are
+                installed, those of bitorch and brevitas.
+            rounds: How many to time, of each.
+            warmup: How many to do before, of each.
+            compile: Whether to compile; by default what the model says.
+            precision: Of forward passes; by default the Trainer's.
+            channels_last: Whether to use channels-last tensors; by default what the model says.
+            inference: Time the frozen network from raw images to labels instead, on the CPU: in torch, in ONNX Runtime
+                and in the packed runtime, beside the full-precision twin.
+            batch_sizes: Of inference.
+            format: ``table`` or ``json``.
+        """
+        assert isinstance(model, OneBitClassifier)
+        setting = Setting(
+            self.strategy.root_device,
+            precision or self.precision,
+            model.hparams["compile"] if compile is None else compile,
+            model.hparams["channels_last"] if channels_last is None else channels_last,
+            rounds,
+            warmup,
+        )
+        if inference:
+            reports = [benchmark_inference(model, datamodule, size, setting) for size in batch_sizes]
+        elif layer is None:
+            reports = [benchmark_training(model, datamodule, setting)]
+        else:
+            shape, batch_size = image_shape_of(datamodule), datamodule.batch_size  # type: ignore[attr-defined]
+            reports = [benchmark_layer(model, layer, shape, batch_size, setting)]
+        if format == "json":
+            print(json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False))
+        else:
+            print("\n\n".join(report.table() for report in reports))
+
 
 class Parser(LightningArgumentParser):
     """A parser that answers a mistake with the mistake alone; the usage, of 150 lines, is what --help is for."""
@@ -105,7 +191,8 @@ class OneBitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "summary": {"model", "datamodule"}}
+        given = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "summary": given, "benchmark": given, "export": given}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
@@ -118,10 +205,14 @@ class OneBitCLI(LightningCLI):
             if path is None:
                 super().parse_arguments(parser, args)
             else:
-                # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
                 place = next((at for at, word in enumerate(given) if word in self.subcommands()), 0) + 1
-                layer = ["--config", _model_config(path)]
-                self.config = parser.parse_args([*given[:place], *layer, *given[place:]])
+                if is_packed(path) and given[place - 1] != "fit":
+                    # A packed file knows its network by itself, whatever model the user's files and flags name.
+                    layered = [*given, "--config", _packed_config(path)]
+                else:
+                    # A checkpoint's hyperparameters come below the user's files and flags: what the user says, wins.
+                    layered = [*given[:place], "--config", _model_config(path), *given[place:]]
+                self.config = parser.parse_args(layered)
         except UnicodeDecodeError as error:
             files = [word for word in given if isinstance(word, str) and word.endswith((".yaml", ".yml", ".json"))]
             raise InputError(f"a configuration file is not UTF-8 text ({error}): {', '.join(files)}") from error
@@ -159,7 +250,7 @@ class OneBitCLI(LightningCLI):
         given = self.config[self.config["subcommand"]]["model"]["init_args"]
         for name in LINKED:
             of_data = getattr(self.datamodule, name)
-            if given[name] not in (of_data, LINKED[name]):
+            if given.get(name, of_data) not in (of_data, LINKED[name]):
                 raise InputError(f"model.{name} is {given[name]}, but the data have {of_data}: leave it to the data")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -187,11 +278,13 @@ class OneBitCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "summary":
+        if subcommand in ("summary", "benchmark"):
             return kwargs
         path = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
         if path is None and subcommand != "fit":
             raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
+        if isinstance(self.model, PackedClassifier):
+            return {**kwargs, "ckpt_path": None}  # its weights are in it already
         if path is not None:
             self._step_before = load_checkpoint(path)["global_step"]
         return {**kwargs, "ckpt_path": path}
@@ -204,9 +297,19 @@ def summary_of(model: LightningModule, datamodule: LightningDataModule) -> Netwo
         InputError: if the data, of a class of the user's own, do not say it.
     """
     assert isinstance(model, OneBitClassifier)
+    return summarize(model.net, image_shape_of(datamodule))
+
+
+def image_shape_of(datamodule: LightningDataModule) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network is given.
+
+    Raises:
+        InputError: if the data, of a class of the user's own, do not say it.
+    """
     if not hasattr(datamodule, "image_shape"):
-        raise InputError(f"{type(datamodule).__name__} has no image_shape (channels, height, width) to summarise for")
-    return summarize(model.net, datamodule.image_shape)
+        raise InputError(f"{type(datamodule).__name__} has no image_shape (channels, height, width)")
+    shape: tuple[int, int, int] = datamodule.image_shape
+    return shape
 
 
 def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
@@ -294,6 +397,11 @@ def _model_config(path: str) -> str:
     }
     class_path = f"pcnn_lightning.{checkpoint['one_bit']['family']}"
     return json.dumps({"model": {"class_path": class_path, "init_args": hparams}})
+
+
+def _packed_config(path: str) -> str:
+    """A packed network, as a configuration in JSON."""
+    return json.dumps({"model": {"class_path": "pcnn_lightning.modules.PackedClassifier", "init_args": {"path": path}}})
 
 
 def _checkpoint_argument(args: list[str]) -> str | None:

@@ -29,6 +29,7 @@ import pcnn_lightning
 from pcnn_lightning import PCNN, Digits, ImageFolder
 from pcnn_lightning.checkpoints import AtomicCheckpointIO
 from pcnn_lightning.cli import OneBitCLI, main
+from pcnn_lightning.deploy import freeze, load_packed
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ["--data=Digits", "--data.train_size=64", "--data.image_size=8", "--data.batch_size=32"]
@@ -768,6 +769,115 @@ def test_summary_of_data_that_do_not_say_their_size(command):
 
 def test_an_unknown_summary_format(command):
     command("summary", *DIGITS, *NETWORK, *QUIET, "--format=html").is_usage_error("format", "html")
+
+
+# Packed files and exporters.
+
+
+class OtherDigits(Digits):
+    """Digits normalised otherwise."""
+
+    mean = (0.5,)
+
+
+@pytest.fixture(scope="module")
+def packed(trained):
+    """A packed file of the trained binary network, of 8×8 images."""
+    path = trained / "digits.safetensors"
+    main(["export", *DIGITS, *QUIET, f"--ckpt_path={trained}/last.ckpt", f"--output={path}"])
+    return path
+
+
+def test_a_packed_file_is_tested_and_predicts_as_the_checkpoint_it_is_of(command, trained, packed):
+    tested, rows = [], []
+    for path in (trained / "last.ckpt", packed):
+        run = command("test", *DIGITS, *QUIET, f"--ckpt_path={path}")
+        assert run.code == 0, run.err
+        tested.append(run.cli.trainer.callback_metrics)
+        assert command("predict", *DIGITS, *QUIET, "--ckpt_path", path, "--output=p.csv").code == 0
+        rows.append(Path("p.csv").read_text())
+    checkpoint, file = tested
+    assert set(checkpoint) == set(file) >= {"test/loss", "test/accuracy"}
+    for name in ("test/accuracy", "test/cross_entropy"):
+        assert torch.equal(checkpoint[name], file[name])
+    assert torch.equal(file["test/loss"], file["test/cross_entropy"])
+    assert rows[0] == rows[1]
+    assert len(rows[0].splitlines()) == 361
+    assert {"val/loss", "val/accuracy"} <= set(
+        command("validate", *DIGITS, *QUIET, f"--ckpt_path={packed}").cli.trainer.callback_metrics
+    )
+
+
+def test_a_packed_file_is_the_network_whatever_model_the_configuration_names(command, packed):
+    model = ["--model=MCN", "--model.planes=3", "--model.eta1=0.5"]
+    run = command("test", f"--ckpt_path={packed}", *DIGITS, *QUIET, "--config", ROOT / "configs/digits.yaml", *model)
+    assert run.code == 0, run.err
+    assert run.cli.model.net.description.stages == (2, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "mentioned"),
+    [
+        ([*DIGITS, "--data.image_size=12"], ["image_shape (1, 8, 8)", "(1, 12, 12)"]),
+        ([*DIGITS, "--data=test_cli.OtherDigits"], ["mean (0.3049,)", "(0.5,)"]),
+        (["--data=test_cli.WrongLabels", "--data.label=0"], ["num_classes 10", "3"]),
+    ],
+    ids=["size", "mean", "classes"],
+)
+def test_a_packed_file_on_data_of_another_kind_is_refused(command, packed, data, mentioned):
+    command("test", *data, *QUIET, f"--ckpt_path={packed}").is_refused(str(packed), *mentioned)
+
+
+@pytest.mark.parametrize("flag", ["--ckpt_path", "--model.init_from"])
+def test_a_packed_file_is_not_trained_on(command, packed, flag):
+    command(*FIT, f"{flag}={packed}").is_refused(str(packed), "packed", "cannot be trained")
+    Path("network.yaml").write_text(f"ckpt_path: {packed}")
+    command("test", *DIGITS, *TRAINING, "--config=network.yaml").is_refused(str(packed), "the flag --ckpt_path")
+
+
+def test_a_damaged_packed_file_is_refused(command, packed):
+    Path("bad.safetensors").write_bytes(packed.read_bytes()[:-1])
+    command("test", *DIGITS, *QUIET, "--ckpt_path=bad.safetensors").is_refused("bad.safetensors", "damaged")
+
+
+def test_export_of_each_stage(command, trained):
+    for stage in ("ternary", "binary"):
+        (path,) = trained.glob(f"{stage}*.ckpt")
+        run = command("export", *DIGITS, *QUIET, f"--ckpt_path={path}")
+        network = load_packed("network.safetensors")
+        assert run.out.strip() == f"network.safetensors: {Path('network.safetensors').stat().st_size:,} bytes"
+        assert network.description.stage == stage
+        assert network.description.class_names == tuple("0123456789")
+        assert all(
+            torch.equal(network.state_dict()[name], value)
+            for name, value in freeze(PCNN.load_from_checkpoint(path).net).state_dict().items()
+        )
+
+
+def test_export_by_name_and_on_from_a_packed_file(command, trained, packed):
+    run = command("export", *DIGITS, *TRAINING, *in_folder(trained), "--ckpt_path=last", "--output=a/b.safetensors")
+    assert run.code == 0, run.err
+    assert Path("a/b.safetensors").read_bytes() == packed.read_bytes()
+    run = command("export", *DIGITS, *QUIET, f"--ckpt_path={packed}", "--format=torch")
+    assert run.code == 0, run.err
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    logits = torch.export.load("network.pt2").module()(images)
+    assert torch.equal(logits.argmax(1), load_packed(packed).classify(images))
+
+
+def test_what_export_refuses(command, trained, monkeypatch):
+    export = ["export", *DIGITS, *QUIET, f"--ckpt_path={trained}/last.ckpt"]
+    command("export", *DIGITS, *TRAINING).is_refused("export needs trained weights", "--ckpt_path")
+    command(*export, "--format=tflite").is_usage_error("format", "packed", "onnx", "torch", "tflite")
+    Path("folder").mkdir()
+    command(*export, "--output=folder").is_refused("folder cannot be written", "Is a directory")
+    command(*export, "--data=test_cli.WrongLabels", "--data.label=0").is_refused("classifier", "(10,)", "(3,)")
+    three = ["--data=test_cli.WrongLabels", "--data.label=0", *TRAINING]
+    assert command("fit", *three, *KEEP).code == 0
+    command("export", *three, "--ckpt_path=kept/last.ckpt").is_refused("WrongLabels has no image_shape")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    command(*export, "--format=onnx").is_refused("onnxscript", "pcnn-lightning[onnx]")
+    assert [path.name for path in Path().iterdir() if path.suffix in (".safetensors", ".onnx")] == []
 
 
 # Interrupted runs.

@@ -244,6 +244,7 @@ def test_runs_on_a_folder(tmp_path, name):
     else:
         flags = ["--data=ImageFolder", "--data.root=images", "--data.batch_size=4", "--model.stages=[2,2,4,4]"]
     files = [f"--config={CONFIGS / name}.yaml", f"--config={CONFIGS / 'debug.yaml'}"]
+    flags.append("--model.compile=false")  # which takes a minute
     cli = main(["fit", *files, *flags, *QUIET, "--trainer.accelerator=cpu"])
     assert cli.trainer.global_step == 1
     assert cli.model.hparams["num_classes"] == 2

@@ -1,4 +1,5 @@
 import math
+import traceback
 from datetime import timedelta
 from functools import partial
 
@@ -12,9 +13,18 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcnn_lightning import PCNN, ProjectionConv2d, StageSwitch
 from pcnn_lightning.backbones import BACKBONES
+from pcnn_lightning.callbacks import (
+    Diversity,
+    FilterCurves,
+    FlipRatio,
+    GradientNorms,
+    KernelHistograms,
+    LossCurves,
+)
 from pcnn_lightning.errors import DivergedError, InputError
 
 
@@ -506,3 +516,91 @@ def test_early_stopping_begins_anew_with_the_binary_stage():
     stopping = EarlyStopping("val/accuracy", mode="max", patience=2, min_delta=1.0)  # nothing is ever better
     trainer = fit(tiny_pcnn(stage="ternary"), max_epochs=8, callbacks=[StageSwitch(2), stopping])
     assert trainer.current_epoch == 5  # 2 ternary epochs, then a best one and 2 that are not better
+
+
+def test_a_run_compiles_once_a_stage(monkeypatch):
+    """Neither evaluation, nor its smaller last batch, nor the step behind a validation compiles anew."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    data = tiny_digits(batch_size=24, train_size=72)  # 3 batches; 144 images to validate on do not fill the last
+    model = tiny_pcnn(compile=True, stage="ternary")
+    fit(model, data, max_epochs=4, callbacks=[StageSwitch(2)], num_sanity_val_steps=1)
+    assert model.stage == "binary"
+    assert len(graphs) == 2
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match=r"model\.compile: .*no compiler here.* Without it: .*false") as caught:
+        fit(tiny_pcnn(compile=True))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tiny", [tiny_pcnn, tiny_mcn])
+def test_channels_last_changes_the_layout_alone(tiny):
+    def run(channels_last):
+        torch.manual_seed(0)
+        model = tiny(channels_last=channels_last).double()
+        fit(model, precision="64-true", max_epochs=2)
+        return model
+
+    rows, pixels = run(False), run(True)
+    kernels = [value for value in pixels.parameters() if value.dim() == 4 and min(value.shape[1:]) > 1]
+    assert kernels
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
+    for name, value in rows.state_dict().items():
+        torch.testing.assert_close(pixels.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that look at a tensor's values, for which the host has to wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.seen.append("".join(traceback.format_stack(limit=12)))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_pcnn(gradient_clip=1.0, center_loss_weight=0.1, label_smoothing=0.1),
+        tiny_pcnn(stage="ternary", eta=0.1, accumulate=2),
+        tiny_mcn(levels=3, center_loss_weight=0.1),
+    ],
+    ids=["PCNN", "PCNN, accumulated", "MCN"],
+)
+def test_no_batch_waits_for_the_device(model):
+    """But for the first of an epoch, and those at which Lightning logs."""
+    waits = Waits()
+
+    class Begin(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx > 0:
+                waits.__enter__()
+
+    class End(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx > 0:
+                waits.__exit__(None, None, None)
+
+    look = [LossCurves(), KernelHistograms(), FlipRatio(), FilterCurves(), GradientNorms(), Diversity()]
+    fit(model, tiny_digits(train_size=96), max_epochs=2, callbacks=[Begin(), *look, End()], log_every_n_steps=50)
+    assert not waits.seen, waits.seen[0]
+    with waits:  # it does see one
+        float(torch.ones(()))
+    assert len(waits.seen) == 1

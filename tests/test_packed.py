@@ -266,7 +266,7 @@ def test_a_description_of_no_network_is_refused():
 def test_a_network_with_nan_is_refused(part):
     model = trained_model("PCNN J=4")
     model.net.state_dict()[part].view(-1)[0] = torch.nan
-    with pytest.raises(InputError, match=r"the network cannot be packed: .*NaN or infinite"):
+    with pytest.raises(InputError, match=r"the network cannot be exported: .*NaN or infinite"):
         save_packed(model.net, "network.safetensors", describe(model))
 
 
@@ -547,6 +547,7 @@ def test_the_example_runs_without_lightning():
     example = re.search(r"::\n\n(.*)", pcnn_lightning.deploy.__doc__, re.DOTALL).group(1)
     code = [line[4:] for line in example.splitlines()]
     assert len([line for line in code if line]) == 10
+    assert "\n".join(["```python", *code, "```"]) in (ROOT / "README.md").read_text(encoding="utf-8")
     code += ["import sys", "assert not {'lightning', 'torchmetrics', 'torchvision', 'sklearn'} & set(sys.modules)"]
     command = [sys.executable, "-c", "\n".join(code)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})

@@ -16,6 +16,7 @@ Ten lines without Lightning, which label images by a packed file::
 """
 
 from pcnn_lightning.deploy.description import Description
+from pcnn_lightning.deploy.export import save_onnx, save_torch
 from pcnn_lightning.deploy.freeze import freeze
 from pcnn_lightning.deploy.layers import (
     FrozenBatchNorm2d,
@@ -23,7 +24,8 @@ from pcnn_lightning.deploy.layers import (
     FrozenModulatedConv2d,
     FrozenProjectionConv2d,
 )
-from pcnn_lightning.deploy.packed import PackedNetwork, load_packed, save_packed
+from pcnn_lightning.deploy.packed import PackedNetwork, is_packed, load_packed, save_packed
+from pcnn_lightning.deploy.runtime import accelerate
 
 __all__ = [
     "Description",
@@ -32,7 +34,11 @@ __all__ = [
     "FrozenModulatedConv2d",
     "FrozenProjectionConv2d",
     "PackedNetwork",
+    "accelerate",
     "freeze",
+    "is_packed",
     "load_packed",
+    "save_onnx",
     "save_packed",
+    "save_torch",
 ]

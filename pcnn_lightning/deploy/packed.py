@@ -67,6 +67,23 @@ class PackedNetwork(Network):
         for name, values in (("mean", description.mean), ("std", description.std)):
             self.register_buffer(name, 255 * torch.tensor(values).float().reshape(-1, 1, 1), persistent=False)
 
+    @classmethod
+    def of(cls, network: nn.Module, description: Description) -> "PackedNetwork":
+        """Freeze a network, trained or frozen, on the CPU and with its floats as float32, and describe it.
+
+        Raises:
+            InputError: if the description is of another network, or a number is not finite.
+        """
+        try:
+            frozen = freeze(network).cpu().float()
+        except ValueError as error:
+            raise InputError(f"the network cannot be exported: {error}") from error
+        if _layout(frozen) != _layout(_skeleton(description)):
+            raise InputError(f"the network is not the one of its description, {description}")
+        if not all(tensor.isfinite().all() for tensor in frozen.state_dict().values()):
+            raise InputError("the network cannot be exported: it holds NaN or infinite values")
+        return cls(cast(Network, frozen), description).eval()
+
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalise ``images`` (B, C, H, W) uint8, of the size that the network was trained for, as in training.
 
@@ -98,15 +115,7 @@ def save_packed(network: nn.Module, path: str | os.PathLike[str], description: D
     Raises:
         InputError: if the description is of another network, a number is not finite, or the file cannot be written.
     """
-    try:
-        frozen = freeze(network).cpu()
-    except ValueError as error:
-        raise InputError(f"the network cannot be packed: {error}") from error
-    if _layout(frozen) != _layout(_skeleton(description)):
-        raise InputError(f"the network is not the one of its description, {description}")
-    codes, floats = _pack(frozen)
-    if not floats.isfinite().all():
-        raise InputError("the network cannot be packed: it holds NaN or infinite values")
+    codes, floats = _pack(PackedNetwork.of(network, description))
     header = {
         "format_version": FORMAT_VERSION,
         "package_version": pcnn_lightning.__version__,
@@ -141,6 +150,15 @@ def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
     except (SafetensorError, OSError, InputError) as error:
         raise InputError(f"{path} is damaged or no packed network of pcnn_lightning: {error}") from None
     return PackedNetwork(network, description).eval()
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a file that begins as a packed one does, with a length of 8 bytes and JSON."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError:
+        return False
 
 
 def _skeleton(description: Description) -> Network:
@@ -199,7 +217,7 @@ def _pack(network: nn.Module) -> tuple[Tensor, Tensor]:
     codes, floats = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0)]
     for _, tensor, symbols in _tensors(network):
         if symbols is None:
-            floats.append(tensor.flatten().float())
+            floats.append(tensor.flatten())
         else:
             places = ((tensor.flatten() - symbols.start) // symbols.step).to(torch.uint8)
             filled = F.pad(places, (0, -len(places) % _per_byte(symbols))).view(-1, _per_byte(symbols))

@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -35,7 +36,9 @@ class OneBitClassifier(TwoRateModule):
         center_loss_alpha: α, the share of the way that a centre moves in an update.
         center_loss_start: the first epoch with center loss, or ``binary`` for the stage of that name.
         init_from: a checkpoint whose network, stage aside, a new run starts from.
-        compile: whether to compile the backbone with ``torch.compile``.
+        compile: whether to compile the backbone with ``torch.compile`` for training, once for each stage. On a CPU it
+            takes a C++ compiler.
+        channels_last: whether the backbone works on channels-last tensors.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
@@ -66,6 +69,7 @@ class OneBitClassifier(TwoRateModule):
         center_loss_start: int | Literal["binary"] = 0,
         init_from: str | None = None,
         compile: bool = False,
+        channels_last: bool = False,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -75,6 +79,8 @@ class OneBitClassifier(TwoRateModule):
             raise ValueError(f"label_smoothing must lie in [0, 1), but got {label_smoothing}")
         if center_loss_start != "binary" and (not isinstance(center_loss_start, int) or center_loss_start < 0):
             raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._memory_format = torch.contiguous_format
         # Checking its arguments would wait for the device in every batch.
         # The means of an epoch are kept here, not by Lightning, so that a checkpoint within the epoch can hold them.
         self.train_means = nn.ModuleDict({name: SampleMean() for name in self.train_losses})
@@ -133,18 +139,35 @@ class OneBitClassifier(TwoRateModule):
         logits: Tensor = self.net(images)
         return logits
 
+    def _features_of(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype, memory_format=self._memory_format)
+        if self._compiled is None or not self.training:
+            # Evaluation would compile four times more: for its mode and its smaller last batch, in each stage.
+            return cast(Tensor, self.net.features(images))
+        try:
+            return self._compiled(images)
+        except TorchDynamoException as error:
+            said = " ".join(str(error).partition("\n\n")[0].split())
+            raise InputError(f"model.compile: {said}. Without it: model.compile false") from error
+
+    def prepare_features(self, *, compile: bool, channels_last: bool) -> None:
+        """Lay out and compile the backbone for training."""
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net.to(memory_format=self._memory_format)
+        self._compiled = torch.compile(self.net.features.forward) if compile else None
+
     # Training.
 
     def on_fit_start(self) -> None:
         if self.hparams["init_from"] is not None and self.trainer.ckpt_path is None:
             self._start_from(self.hparams["init_from"])
-        if self.hparams["compile"]:
-            self.net.features.compile()
+        self.prepare_features(compile=self.hparams["compile"], channels_last=self.hparams["channels_last"])
 
     def on_train_start(self) -> None:
         if self.center_loss is not None:
             self.center_loss.gathered = None  # of a run that was broken off in this process
         super().on_train_start()
+        self._logged_epoch = -1
         if self.trainer.ckpt_path is not None:  # perhaps of an epoch with no more batches to come, but its end
             self._log_means()
 
@@ -154,16 +177,8 @@ class OneBitClassifier(TwoRateModule):
             self._check_labels(labels)  # once an epoch: looking at a label's value waits for the device
             for mean in self._means().values():
                 mean.reset()  # a checkpoint from the end of an epoch still holds its means
-        features = self.net.features(images.to(self.dtype))
-        logits = self.net.classifier(features)
-        losses = {
-            "cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]),
-            self.layer_loss: self.penalty(),
-        }
-        if (center_loss := self.center_loss_now) is not None:
-            # 3.60 is a sum over all samples of an update, while micro-batches and processes are averaged.
-            micro_batches = self.update_of(batch_idx)[2]
-            losses["center_loss"] = center_loss(features, labels) * (micro_batches * self.trainer.world_size)
+        # 3.60 is a sum over all samples of an update, while micro-batches and processes are averaged.
+        losses, logits = self.losses(images, labels, self.update_of(batch_idx)[2] * self.trainer.world_size)
         loss = torch.stack(list(losses.values())).sum()
         self.update(loss, batch_idx)
 
@@ -172,8 +187,28 @@ class OneBitClassifier(TwoRateModule):
         for name, value in losses.items():
             means[name].update(value, len(labels))
         means["accuracy"].update(logits, labels)
-        self._log_means()
+        if self._logged_epoch != self.current_epoch:  # once an epoch: what is logged is a metric, not a value
+            self._logged_epoch = self.current_epoch
+            self._log_means()
         return losses
+
+    def losses(self, images: Tensor, labels: Tensor, averaged: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+        """What is learned from, by name, each a weighted scalar, and the logits (B, num_classes).
+
+        Args:
+            images: (B, in_channels, H, W).
+            labels: (B,).
+            averaged: over how many batches the loss of an update is the mean.
+        """
+        features = self._features_of(images)
+        logits = self.net.classifier(features)
+        losses = {
+            "cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]),
+            self.layer_loss: self.penalty(),
+        }
+        if (center_loss := self.center_loss_now) is not None:
+            losses["center_loss"] = center_loss(features, labels) * averaged
+        return losses, logits
 
     def step(self) -> None:
         super().step()
@@ -212,7 +247,7 @@ class OneBitClassifier(TwoRateModule):
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        features = self.net.features(images.to(self.dtype))
+        features = self._features_of(images)
         logits = self.net.classifier(features)
         cross_entropy = F.cross_entropy(logits, labels)
         losses = {

@@ -1,0 +1,266 @@
+"""Benchmarks measure what they say, and their tables add up; how long things take is no test's business."""
+
+import json
+import re
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_digits, tiny_mcn, tiny_pcnn
+from torch import nn
+
+from pcnn_lightning.benchmark import Report, Setting, benchmark_inference, benchmark_layer, benchmark_training
+from pcnn_lightning.benchmark.measure import Stopwatch, compare_rounds, peak_megabytes
+from pcnn_lightning.benchmark.training import Training, loader_rate, twin_of
+from pcnn_lightning.cli import main
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.layers import QuantizedConv2d
+
+CPU = torch.device("cpu")
+ONCE = Setting(CPU, rounds=1, warmup=0)
+
+
+def test_a_stopwatch_tells_phases_apart():
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        time.sleep(0.03)  # between rounds; of no phase
+        watch.start()
+        time.sleep(0.001)
+        watch.mark("short")
+        time.sleep(0.02)
+        watch.mark("long")
+    times = watch.read()
+    assert list(times) == ["short", "long"]
+    assert [len(found) for found in times.values()] == [2, 2]
+    assert all(1 <= short < 20 <= long < 1000 for short, long in zip(*times.values(), strict=True))
+
+
+def test_contenders_take_turns_and_are_warmed_up_unseen():
+    turns = []
+
+    def contender(name, seconds):
+        def turn(watch):
+            turns.append(name)
+            watch.start()
+            time.sleep(seconds if len(turns) > 4 else 0.5)
+            watch.mark("work")
+
+        return turn
+
+    setting = Setting(CPU, rounds=3, warmup=2)
+    report = compare_rounds("sleep", 10, {"slow": contender("slow", 0.04), "fast": contender("fast", 0.01)}, setting)
+    assert turns[:4] == ["slow", "fast"] * 2
+    assert turns[-6:] == ["slow", "fast"] * 3
+    assert len(turns) == 4 + 2 + 6  # one each for the memory
+    assert report.ratios["slow"] == 1
+    assert 2 < report.ratios["fast"] <= 4.1
+    assert list(report.milliseconds["slow"]) == ["work"]
+    assert report.milliseconds["slow"]["work"] >= 40
+
+
+@given(megabytes=st.integers(1, 40))
+def test_peak_memory_is_that_of_what_lives_at_once(megabytes):
+    def turn(watch):
+        for _ in range(3):  # one after the other
+            torch.empty(megabytes, 1000, 1000, dtype=torch.uint8)
+        kept = torch.empty(megabytes, 1000, 1000, dtype=torch.uint8)
+        both = torch.empty(1, 1000, 1000, dtype=torch.uint8)
+        del kept, both
+
+    assert peak_megabytes(turn, CPU) == pytest.approx(megabytes + 1, abs=0.01)
+
+
+def test_the_table():
+    times = {"PCNN": {"forward": 1.5, "step": 2.0}, "twin": {"forward": 1.0, "step": 1.6}}
+    report = Report("a title", 8, times, {"PCNN": 3.0, "twin": 2.5}, {"PCNN": 1.0, "twin": 1.25})
+    assert report.table().splitlines() == [
+        "a title",
+        "",
+        "      forward/ms  step/ms  images/s   MB  ratio",
+        "PCNN        1.50     2.00     4,000  3.0   1.00",
+        "twin        1.00     1.60     5,000  2.5   1.25",
+        "",
+        "ratio: step of PCNN by that of the row",
+    ]
+    for found in times.values():
+        found |= {"data": 0.05, "step": found.pop("step")}  # the whole comes last
+    words = replace(report, loader=1234.4).table().splitlines()[-2:]
+    assert words == ["waiting for data: 2.5% of the step of PCNN", "data alone: 1,234 images/s"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_pcnn(projections=3, optimizer="adam", stage="ternary", sigma=0.5, center_loss_weight=0.1),
+        tiny_mcn(planes=3, label_smoothing=0.1, levels=3),
+        tiny_mcn(backbone="mcn20", average=True),
+    ],
+    ids=["PCNN", "MCN", "MCN-1"],
+)
+def test_the_twin_has_the_widths_and_no_bits(model):
+    twin = twin_of(model)
+    assert twin.stage == "full_precision"
+    ours = [part for part in model.net.modules() if isinstance(part, (QuantizedConv2d, nn.Conv2d))]
+    theirs = [part for part in twin.net.modules() if isinstance(part, (QuantizedConv2d, nn.Conv2d))]
+    shape = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+    assert [[getattr(part, name) for name in shape] for part in ours] == [
+        [getattr(part, name) for name in shape] for part in theirs
+    ]
+    assert all(type(part) is nn.Conv2d for part in theirs)
+    for name in ("optimizer", "label_smoothing", "center_loss_weight", "weight_decay", "eta1"):
+        assert twin.hparams[name] == model.hparams[name], name
+
+
+@pytest.mark.parametrize("tiny", [tiny_pcnn, tiny_mcn])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_steps_that_are_timed_train(tiny, channels_last):
+    """A step of the benchmark is the step of the loop: same loss, same update."""
+    torch.manual_seed(0)
+    model, data = tiny(accumulate=1), tiny_digits()
+    data.setup("fit")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Training(model, data, Setting(CPU, channels_last=channels_last)).step(Stopwatch(CPU))
+
+    torch.manual_seed(0)
+    peer = tiny(accumulate=1)
+    peer.load_state_dict(before)
+    images, labels = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    logits = peer.train().net(images)
+    loss = nn.functional.cross_entropy(logits, labels) + sum(layer.quantization_loss() for layer in peer.one_bit_layers)
+    loss.backward()
+    kernels = [value for value in peer.parameters() if all(value is not one for one in peer.projection_parameters())]
+    first = torch.optim.SGD(kernels, peer.hparams["eta1"], 0.9, nesterov=True, weight_decay=3e-4)
+    second = torch.optim.SGD(peer.projection_parameters(), peer.hparams["eta2"], 0.9, nesterov=True)
+    first.step()
+    second.step()
+    for name, value in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("setting", [ONCE, Setting(CPU, "bf16-mixed", channels_last=True, rounds=2, warmup=1)], ids=str)
+def test_training(setting):
+    report = benchmark_training(tiny_pcnn(), tiny_digits(), setting)
+    assert list(report.milliseconds) == list(report.megabytes) == list(report.ratios) == ["PCNN", "full precision"]
+    for times in report.milliseconds.values():
+        assert list(times) == ["data", "augment", "forward", "backward", "optimizer", "step"]
+        assert 0 < times["forward"] < times["step"]
+    assert min(report.megabytes.values()) > 0
+    assert report.images == 16
+    assert report.loader is not None
+    assert report.title.startswith(f"training step, wrn7 2-2-2-2, batch 16, {setting.precision}")
+
+
+def test_the_rate_of_a_loader_is_that_of_its_batches():
+    data = tiny_digits(batch_size=8)
+    data.setup("fit")
+    loaded = data.on_after_batch_transfer
+
+    def slowly(batch, index):
+        time.sleep(0.02)
+        return loaded(batch, index)
+
+    data.on_after_batch_transfer = slowly
+    assert 100 < loader_rate(data, CPU, seconds=0.5) <= 8 / 0.02
+
+
+@pytest.mark.parametrize(
+    ("model", "fast"),
+    [
+        (tiny_pcnn(stage="ternary"), True),
+        (tiny_pcnn(full_precision=True), False),
+        (tiny_mcn(), False),
+        (tiny_mcn(average=True, levels=3), False),
+    ],
+    ids=["PCNN", "full precision", "MCN", "MCN-1"],
+)
+def test_inference(model, fast):
+    with nullcontext() if fast else pytest.warns(UserWarning, match="packed runtime takes no part: "):
+        report = benchmark_inference(model, tiny_digits(), 3, ONCE)
+    names = ["full precision, torch", "frozen, torch", "frozen, ONNX Runtime", *["packed runtime"] * fast]
+    assert list(report.milliseconds) == names
+    assert all(list(times) == ["labels"] for times in report.milliseconds.values())
+    assert report.table().splitlines()[2].split() == ["labels/ms", "images/s", "ratio"]
+
+
+def test_without_onnxruntime(monkeypatch):
+    monkeypatch.setattr("pcnn_lightning.benchmark.inference.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="ONNX Runtime takes no part: it is not installed"):
+        report = benchmark_inference(tiny_pcnn(), tiny_digits(), 3, ONCE)
+    assert "frozen, ONNX Runtime" not in report.ratios
+
+
+def test_a_layer_is_timed_at_the_size_it_has_in_the_network():
+    model = tiny_pcnn(stages=[2, 2, 3, 2], projections=2)
+    name = "features.stage3.0.conv"
+    report = benchmark_layer(model, name, (1, 8, 8), 5, ONCE)
+    assert report.title.startswith(f"{name}, 6→4, 3×3 on 5×6×4×4, 32-true")
+    assert list(report.milliseconds)[:2] == ["ProjectionConv2d", "nn.Conv2d"]
+    assert next(iter(benchmark_layer(tiny_mcn(), "features.stem", (1, 8, 8), 5, ONCE).ratios)) == "ModulatedConv2d"
+
+
+def test_a_layer_that_is_not_there():
+    with pytest.raises(InputError, match=r"layer must be one of features.stage1.0.conv, .*, but got 'stem'"):
+        benchmark_layer(tiny_pcnn(), "stem", (1, 8, 8), 5, ONCE)
+
+
+def test_other_libraries_take_part_where_they_are_installed(monkeypatch):
+    """The peers are no dependencies; a stand-in shows that they are called as the layer is shaped."""
+    made = []
+
+    class QConv2d(nn.Conv2d):
+        def __init__(self, *shape, input_quantization, weight_quantization, **options):
+            made.append((shape, input_quantization, weight_quantization))
+            super().__init__(*shape, **options)
+
+    bitorch, layers = ModuleType("bitorch"), ModuleType("bitorch.layers")
+    layers.QConv2d = QConv2d
+    monkeypatch.setitem(sys.modules, "bitorch", bitorch)
+    monkeypatch.setitem(sys.modules, "bitorch.layers", layers)
+    monkeypatch.setattr("pcnn_lightning.benchmark.layer.find_spec", lambda name: name == "bitorch" or None)
+    report = benchmark_layer(tiny_pcnn(), "features.stage2.0.conv", (1, 8, 8), 2, ONCE)
+    assert list(report.milliseconds) == ["ProjectionConv2d", "nn.Conv2d", "bitorch"]
+    assert made == [((4, 4, (3, 3), (2, 2), (1, 1), (1, 1)), "sign", "sign")]
+
+
+CONFIG = Path(__file__).parents[1] / "configs/digits.yaml"
+COMMAND = ["benchmark", "--config", str(CONFIG), "--data.init_args.train_size", "128", "--rounds", "1"]
+
+
+def test_the_subcommand(capsys):
+    main([*COMMAND, "--warmup", "0", "--channels_last", "true"])
+    shown = capsys.readouterr().out
+    assert "training step, wrn7" in shown
+    assert "channels last" in shown
+    assert "ratio: step of PCNN by that of the row" in shown
+    main([*COMMAND, "--warmup", "0", "--format", "json", "--layer", "features.stage1.0.conv"])
+    shown = capsys.readouterr().out
+    (report,) = json.loads(shown[shown.index("[\n") :])
+    assert set(report["ratios"]) >= {"ProjectionConv2d", "nn.Conv2d"}
+    assert list(report) == [field.name for field in fields(Report)]
+    main([*COMMAND, "--warmup", "0", "--inference", "true", "--batch_sizes", "[1, 3]"])
+    titles = re.findall(r"^uint8 images to labels, .*", capsys.readouterr().out, re.M)
+    assert ["1×1×16×16" in title for title in titles] == [True, False]
+    assert ["3×1×16×16" in title for title in titles] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "rounds must be at least 1, but got 0"),
+        (["--warmup", "-1"], "warmup must be at least 0, but got -1"),
+        (["--layer", "stem"], "layer must be one of .* but got 'stem'"),
+        (["--model.class_path", "Nothing"], "Nothing"),
+    ],
+)
+def test_wrong_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*COMMAND, *flags])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
