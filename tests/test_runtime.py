@@ -71,7 +71,7 @@ def same(fast, frozen, *images):
 # --- blocks -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 130),
     st.integers(1, 40),
@@ -164,7 +164,7 @@ def test_what_is_no_number_does_no_harm():
 # --- thresholds -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
