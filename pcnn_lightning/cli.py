@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from pcnn_lightning import (
 )
 from pcnn_lightning.benchmark import Setting, benchmark_inference, benchmark_layer, benchmark_training
 from pcnn_lightning.callbacks import PredictionWriter, StageCheckpoint, StageProgressBar
+from pcnn_lightning.callbacks.stage_checkpoint import RECORD
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.deploy import is_packed, save_onnx, save_packed, save_torch
 from pcnn_lightning.errors import DivergedError, InputError
@@ -147,6 +149,11 @@ class OneBitTrainer(Trainer):
             format: ``table`` or ``json``.
         """
         assert isinstance(model, OneBitClassifier)
+        settings = {"layer": layer, "compile": compile, "precision": precision, "channels_last": channels_last}
+        if inference and (given := [name for name, value in settings.items() if value is not None]):
+            raise InputError(f"{given[0]} is of training, but inference is true")
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise InputError(f"batch_sizes must be one or more numbers of at least 1, but got {batch_sizes}")
         setting = Setting(
             self.strategy.root_device,
             precision or self.precision,
@@ -160,8 +167,8 @@ class OneBitTrainer(Trainer):
         elif layer is None:
             reports = [benchmark_training(model, datamodule, setting)]
         else:
-            shape, batch_size = image_shape_of(datamodule), datamodule.batch_size  # type: ignore[attr-defined]
-            reports = [benchmark_layer(model, layer, shape, batch_size, setting)]
+            batch_size = getattr(datamodule, "batch_size", 128)  # which data of a class of the user's own may lack
+            reports = [benchmark_layer(model, layer, image_shape_of(datamodule), batch_size, setting)]
         if format == "json":
             print(json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False))
         else:
@@ -249,6 +256,8 @@ class OneBitCLI(LightningCLI):
             raise InputError("model.class_path is missing: it must be PCNN or MCN")
         given = self.config[self.config["subcommand"]]["model"]["init_args"]
         for name in LINKED:
+            if not hasattr(self.datamodule, name):
+                raise InputError(f"{type(self.datamodule).__name__} has no {name}, which a model has to be told")
             of_data = getattr(self.datamodule, name)
             if given.get(name, of_data) not in (of_data, LINKED[name]):
                 raise InputError(f"model.{name} is {given[name]}, but the data have {of_data}: leave it to the data")
@@ -331,6 +340,9 @@ def find_checkpoint(path: str | None, trainer: Trainer) -> str | None:
     if not found:
         where = ", ".join(map(str, folders)) or "a folder: set dirpath of StageCheckpoint"
         raise InputError(f"--ckpt_path {path}: there is no such checkpoint in {where}")
+    if not found[-1].is_file():  # best, by a record that has outlived it
+        folder, name = found[-1].parent, found[-1].name
+        raise InputError(f"--ckpt_path {path}: {folder / RECORD} names {name}, which is gone")
     return str(found[-1])
 
 
@@ -378,6 +390,8 @@ def main(args: ArgsType = None) -> OneBitCLI | None:
             if "PCNN_LIGHTNING_TRACEBACK" in os.environ or error.strerror is None:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'while writing a file of the run'}", 2)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)  # of what trains nothing
         except SIGTERMException:
             sys.exit(interruption.status)  # Lightning's own would be that of success
 
@@ -406,8 +420,8 @@ def _packed_config(path: str) -> str:
 
 def _checkpoint_argument(args: list[str]) -> str | None:
     """The file given as ``--ckpt_path FILE`` or ``--ckpt_path=FILE``, if any."""
-    for argument, following in pairwise([*args, ""]):
+    for argument, following in reversed(list(pairwise([*args, ""]))):  # the last one is what the parser takes
         if argument == "--ckpt_path" or argument.startswith("--ckpt_path="):
             path = argument.partition("=")[2] or following
-            return None if path in ("best", "last", "null") else path
+            return None if path in ("best", "last", "null", "") else path
     return None

@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class DivergedError(RuntimeError):
     """The loss is no longer a number; the message names the first step and the last good checkpoint."""
+
+
+def compile_failed(error: Exception) -> InputError:
+    """What to raise where ``torch.compile`` has failed: the first paragraph of its many."""
+    said = " ".join(str(error).partition("\n\n")[0].split())
+    return InputError(f"compile: {said}. Without it: compile false")

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, QuantizedConv2d, SignActivation
+from pcnn_lightning.tables import aligned
 
 Multiplier = nn.Conv2d | nn.Linear | QuantizedConv2d
 """What has multiply-accumulates: as many for each element of the output as there are elements in ``weight[0]``."""
@@ -138,9 +139,7 @@ class NetworkSummary:
         shown = [column for column in HEADERS if contents[-1][column] != 0]
         rows = [[HEADERS[column] for column in shown]]
         rows += [[_cell(content[column]) for column in shown] for content in contents]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        aligned = [f"<{widths[0]}", *(f">{width}" for width in widths[1:])]
-        lines = ["  ".join(map(format, row, aligned)) for row in rows]
+        lines = aligned(rows)
         rule = "-" * len(lines[0])
         words = [
             "1 kB is 1000 bytes; training takes gradients, optimizer state and activations on top.",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_digits, tiny_mcn, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn
 from torch import nn
 
 from pcnn_lightning.benchmark import Report, Setting, benchmark_inference, benchmark_layer, benchmark_training
@@ -27,42 +27,45 @@ CPU = torch.device("cpu")
 ONCE = Setting(CPU, rounds=1, warmup=0)
 
 
-def test_a_stopwatch_tells_phases_apart():
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on when somebody sleeps."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+
+def test_a_stopwatch_tells_phases_apart(clock):
     watch = Stopwatch(CPU)
-    for _ in range(2):
-        time.sleep(0.03)  # between rounds; of no phase
+    for short, long in ((0.25, 1), (0.5, 2)):
+        time.sleep(4)  # between rounds; of no phase
         watch.start()
-        time.sleep(0.001)
+        time.sleep(short)
         watch.mark("short")
-        time.sleep(0.02)
+        time.sleep(long)
         watch.mark("long")
-    times = watch.read()
-    assert list(times) == ["short", "long"]
-    assert [len(found) for found in times.values()] == [2, 2]
-    assert all(1 <= short < 20 <= long < 1000 for short, long in zip(*times.values(), strict=True))
+    assert watch.read() == {"short": [250, 500], "long": [1000, 2000]}
 
 
-def test_contenders_take_turns_and_are_warmed_up_unseen():
+def test_contenders_take_turns_and_are_warmed_up_unseen(clock):
     turns = []
 
-    def contender(name, seconds):
+    def contender(name, *seconds):
+        times = iter(seconds)
+
         def turn(watch):
             turns.append(name)
             watch.start()
-            time.sleep(seconds if len(turns) > 4 else 0.5)
+            time.sleep(next(times))
             watch.mark("work")
 
         return turn
 
-    setting = Setting(CPU, rounds=3, warmup=2)
-    report = compare_rounds("sleep", 10, {"slow": contender("slow", 0.04), "fast": contender("fast", 0.01)}, setting)
-    assert turns[:4] == ["slow", "fast"] * 2
-    assert turns[-6:] == ["slow", "fast"] * 3
-    assert len(turns) == 4 + 2 + 6  # one each for the memory
-    assert report.ratios["slow"] == 1
-    assert 2 < report.ratios["fast"] <= 4.1
-    assert list(report.milliseconds["slow"]) == ["work"]
-    assert report.milliseconds["slow"]["work"] >= 40
+    slow, fast = contender("slow", 99, 99, 99, 4, 8, 4), contender("fast", 99, 99, 99, 1, 4, 4)
+    report = compare_rounds("sleep", 10, {"slow": slow, "fast": fast}, Setting(CPU, rounds=3, warmup=2))
+    assert turns == ["slow", "fast"] * 2 + ["slow", "fast"] + ["slow", "fast"] * 3  # one each for the memory
+    assert report.milliseconds == {"slow": {"work": 4000}, "fast": {"work": 4000}}
+    assert report.ratios == {"slow": 1, "fast": 2}  # the median of 4, 2 and 1
 
 
 @given(megabytes=st.integers(1, 40))
@@ -119,29 +122,24 @@ def test_the_twin_has_the_widths_and_no_bits(model):
 
 
 @pytest.mark.parametrize("tiny", [tiny_pcnn, tiny_mcn])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_steps_that_are_timed_train(tiny, channels_last):
-    """A step of the benchmark is the step of the loop: same loss, same update."""
-    torch.manual_seed(0)
-    model, data = tiny(accumulate=1), tiny_digits()
-    data.setup("fit")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    Training(model, data, Setting(CPU, channels_last=channels_last)).step(Stopwatch(CPU))
+def test_the_steps_that_are_timed_are_those_of_the_loop(tiny):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(tiny(center_loss_weight=0.1, gradient_clip=0.5, warmup_epochs=0.0))
+    data = tiny_digits(train_size=48)
+    fit(models[0], data, limit_val_batches=0)
+    training = Training(models[1], data, ONCE)
+    for _ in range(3):
+        training.step(Stopwatch(CPU))
+    assert models[0].center_loss.centers.abs().sum() > 0
+    for name, value in models[0].state_dict().items():
+        if name.startswith(("net.", "center_loss.")):
+            torch.testing.assert_close(models[1].state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
-    torch.manual_seed(0)
-    peer = tiny(accumulate=1)
-    peer.load_state_dict(before)
-    images, labels = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-    logits = peer.train().net(images)
-    loss = nn.functional.cross_entropy(logits, labels) + sum(layer.quantization_loss() for layer in peer.one_bit_layers)
-    loss.backward()
-    kernels = [value for value in peer.parameters() if all(value is not one for one in peer.projection_parameters())]
-    first = torch.optim.SGD(kernels, peer.hparams["eta1"], 0.9, nesterov=True, weight_decay=3e-4)
-    second = torch.optim.SGD(peer.projection_parameters(), peer.hparams["eta2"], 0.9, nesterov=True)
-    first.step()
-    second.step()
-    for name, value in peer.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+def test_images_are_counted_where_there_are_fewer_than_a_batch():
+    assert benchmark_training(tiny_pcnn(), tiny_digits(train_size=10, batch_size=64), ONCE).images == 10
 
 
 @pytest.mark.parametrize("setting", [ONCE, Setting(CPU, "bf16-mixed", channels_last=True, rounds=2, warmup=1)], ids=str)
@@ -157,17 +155,17 @@ def test_training(setting):
     assert report.title.startswith(f"training step, wrn7 2-2-2-2, batch 16, {setting.precision}")
 
 
-def test_the_rate_of_a_loader_is_that_of_its_batches():
+def test_the_rate_of_a_loader_is_that_of_its_batches(clock):
     data = tiny_digits(batch_size=8)
     data.setup("fit")
     loaded = data.on_after_batch_transfer
 
     def slowly(batch, index):
-        time.sleep(0.02)
+        time.sleep(0.25)
         return loaded(batch, index)
 
     data.on_after_batch_transfer = slowly
-    assert 100 < loader_rate(data, CPU, seconds=0.5) <= 8 / 0.02
+    assert loader_rate(data, CPU, seconds=3) == 8 / 0.25
 
 
 @pytest.mark.parametrize(
@@ -191,7 +189,7 @@ def test_inference(model, fast):
 
 def test_without_onnxruntime(monkeypatch):
     monkeypatch.setattr("pcnn_lightning.benchmark.inference.find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="ONNX Runtime takes no part: it is not installed"):
+    with pytest.warns(UserWarning, match="ONNX Runtime takes no part: onnxruntime is not installed"):
         report = benchmark_inference(tiny_pcnn(), tiny_digits(), 3, ONCE)
     assert "frozen, ONNX Runtime" not in report.ratios
 
@@ -256,6 +254,9 @@ def test_the_subcommand(capsys):
         (["--rounds", "0"], "rounds must be at least 1, but got 0"),
         (["--warmup", "-1"], "warmup must be at least 0, but got -1"),
         (["--layer", "stem"], "layer must be one of .* but got 'stem'"),
+        (["--layer", "stem", "--inference", "true"], "layer is of training, but inference is true"),
+        (["--batch_sizes", "[1, 0]"], r"batch_sizes must be .* at least 1, but got \[1, 0\]"),
+        (["--trainer.precision", "64-true"], "precision must be one of 32-true, .*, but got '64-true'"),
         (["--model.class_path", "Nothing"], "Nothing"),
     ],
 )

@@ -274,6 +274,75 @@ def test_the_record_goes_on_in_a_resumed_run_without_validation_data(tmp_path):
     assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["binary.ckpt", "last.ckpt", "ternary.ckpt"]
 
 
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_validation_leaves_the_record_of_the_run(tmp_path):
+    callbacks = [StageSwitch(1), StageCheckpoint(str(tmp_path / "kept"))]
+    fit(tiny_pcnn(**PROGRESSIVE), max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+    before = contents(tmp_path / "kept")
+    keep = StageCheckpoint(str(tmp_path / "kept"))
+    trainer = tiny_trainer(callbacks=[keep], enable_checkpointing=True)
+    trainer.validate(tiny_pcnn(**PROGRESSIVE), datamodule=tiny_digits(), ckpt_path=tmp_path / "kept" / "ternary.ckpt")
+    assert contents(tmp_path / "kept") == before
+    assert keep.best_checkpoint() == str(tmp_path / "kept" / "binary.ckpt")
+
+
+def test_a_sanity_check_leaves_the_record_of_the_run(tmp_path):
+    callbacks = [StageSwitch(1), StageCheckpoint(str(tmp_path / "kept"))]
+    fit(tiny_pcnn(**PROGRESSIVE), max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+    before = contents(tmp_path / "kept")
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(
+            tiny_pcnn(**PROGRESSIVE),
+            max_epochs=2,
+            callbacks=[StageCheckpoint(str(tmp_path / "kept")), Stop(4)],
+            enable_checkpointing=True,
+            num_sanity_val_steps=1,
+            ckpt_path=str(tmp_path / "kept" / "ternary.ckpt"),
+        )
+    assert contents(tmp_path / "kept") == before
+
+
+@pytest.mark.parametrize("name", ["ternary.ckpt", "last.ckpt"])
+def test_a_run_resumed_into_another_folder_names_only_files_that_are_there(tmp_path, name):
+    def run(folder, *more, **arguments):
+        keep = StageCheckpoint(str(tmp_path / folder))
+        callbacks = [StageSwitch(1), keep, *more]
+        fit(tiny_pcnn(**PROGRESSIVE), max_epochs=3, callbacks=callbacks, enable_checkpointing=True, **arguments)
+        return keep
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run("old", Stop(8))
+    keep = run("new", ckpt_path=str(tmp_path / "old" / name))
+    record = json.loads((tmp_path / "new" / "stages.json").read_text())
+    assert list(record) == ["binary"]
+    assert (tmp_path / "new" / record["binary"]["checkpoint"]).is_file()
+    assert Path(keep.best_model_path).parent == tmp_path / "new"
+    last = torch.load(tmp_path / "new" / "last.ckpt", weights_only=True)
+    assert last["callbacks"][keep.state_key]["stages"] == record
+
+
+def test_a_checkpoint_of_another_folder_is_no_best_of_this_one(tmp_path):
+    old, new = StageCheckpoint(str(tmp_path / "old")), StageCheckpoint(str(tmp_path / "new"))
+    old.best_model_path, old.stages = str(tmp_path / "old" / "binary.ckpt"), {"binary": {"value": 0.5}}
+    new.load_state_dict(old.state_dict())
+    assert (new.best_model_path, new.stages) == ("", {})
+
+
+def test_a_remote_folder_of_checkpoints_is_refused():
+    with pytest.raises(ValueError, match="dirpath must be a local folder, but got s3://b/x"):
+        StageCheckpoint("s3://b/x")
+
+
+def test_loss_curves_of_a_second_run_begin_anew():
+    curves = LossCurves()
+    for _ in range(2):
+        fit(tiny_pcnn(), callbacks=[curves])
+    assert [row["epoch"] for row in curves.epochs] == [0]
+
+
 def test_an_epoch_without_validation_has_no_validation_losses():
     curves = LossCurves()
     fit(tiny_pcnn(), max_epochs=4, callbacks=[curves], check_val_every_n_epoch=2)

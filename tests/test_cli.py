@@ -532,7 +532,8 @@ class TestCheckpoints:
     def test_best_when_its_file_is_gone(self, command):
         command(*FIT, *KEEP)
         Path("kept/binary.ckpt").unlink()
-        command("test", *DIGITS, *TRAINING, *KEEP, "--ckpt_path=best").is_refused("best", "kept")
+        run = command("test", *DIGITS, *TRAINING, *KEEP, "--ckpt_path=best")
+        run.is_refused("--ckpt_path best: ", "kept/stages.json names binary.ckpt, which is gone")
 
     def test_broken_record(self, command):
         command(*FIT, *KEEP)
@@ -876,7 +877,7 @@ def test_what_export_refuses(command, trained, monkeypatch):
     assert command("fit", *three, *KEEP).code == 0
     command("export", *three, "--ckpt_path=kept/last.ckpt").is_refused("WrongLabels has no image_shape")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    command(*export, "--format=onnx").is_refused("onnxscript", "pcnn-lightning[onnx]")
+    command(*export, "--format=onnx").is_refused("onnxscript", ".[onnx]")
     assert [path.name for path in Path().iterdir() if path.suffix in (".safetensors", ".onnx")] == []
 
 
@@ -1024,12 +1025,26 @@ def test_ctrl_c_in_a_terminal_reaches_workers_too_and_still_leaves_a_checkpoint(
     assert torch.load(last, weights_only=True)["global_step"] > 0
 
 
-def test_a_requeued_run_that_lightning_resumes_by_itself_ends_well(command):
+class FirstStep(Callback):
+    """Where a run begins."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+
+def test_a_requeued_run_that_lightning_resumes_by_itself_ends_well(command, monkeypatch):
     command(*FIT, *KEEP)
     Path("kept/last.ckpt").rename("hpc_ckpt_1.ckpt")
-    # Lightning looks for such a file in default_root_dir by itself.
-    run = command(*FIT, "--trainer.max_epochs=2", "--trainer.default_root_dir=.")
+    # On SLURM, which it knows by these, Lightning looks for such a file in default_root_dir by itself.
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("NTASKS_PER_NODE", "NNODES"):  # of a job that runs the tests
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    flags = ["--trainer.devices=1", "--trainer.callbacks+=test_cli.FirstStep"]
+    run = command(*FIT, "--trainer.max_epochs=2", "--trainer.default_root_dir=.", *flags)
     assert run.code == 0, run.err
+    assert Path(str(run.cli.trainer.ckpt_path)).name == "hpc_ckpt_1.ckpt"
+    assert [callback.step for callback in run.cli.trainer.callbacks if isinstance(callback, FirstStep)] == [2]
     assert run.cli.trainer.global_step == 4
 
 
@@ -1063,3 +1078,34 @@ def test_a_checkpoint_of_the_other_family_is_refused_by_name(command):
     command(*FIT, *KEEP)
     mcn = ["--model=MCN", "--model.backbone=mcn8", "--model.stages=[2,2,2,2]"]
     command("fit", *DIGITS, *mcn, *QUIET, *KEEP, "--ckpt_path=last").is_refused("holds a PCNN, not a MCN")
+
+
+def test_of_two_checkpoints_the_last_is_taken(command, trained, packed):
+    flags = [f"--ckpt_path={packed}", f"--ckpt_path={trained / 'last.ckpt'}"]
+    assert type(command("test", *DIGITS, *QUIET, *flags).cli.model) is PCNN
+    assert type(command("test", *DIGITS, *QUIET, *flags[::-1]).cli.model) is not PCNN
+
+
+def test_a_subclass_is_tested_from_its_checkpoint_and_leaves(command, trained):
+    class_path = f"--model.class_path={__name__}.MyPCNN"
+    run = command("test", *DIGITS, *QUIET, class_path, f"--ckpt_path={trained / 'last.ckpt'}")
+    assert type(run.cli.model).__name__ == "MyPCNN"
+    command("export", *DIGITS, *QUIET, class_path, f"--ckpt_path={trained / 'last.ckpt'}", "--output=my.safetensors")
+    assert load_packed("my.safetensors").description.family == "PCNN"
+
+
+class MyPCNN(PCNN):
+    """As a user may have one."""
+
+
+def test_classes_of_other_names_are_refused(packed, monkeypatch, command):
+    monkeypatch.setattr(Digits, "classes", [*"abcdefghij"])
+    command("predict", *DIGITS, *QUIET, f"--ckpt_path={packed}").is_refused(str(packed), "classes", "'a'", "'0'")
+
+
+class NoNames(LightningDataModule):
+    """As a user may have one, who has not read far."""
+
+
+def test_data_that_do_not_say_what_a_model_has_to_be_told(command):
+    command("fit", f"--data={__name__}.NoNames", "--model=PCNN", *QUIET).is_refused("NoNames has no num_classes")

@@ -111,6 +111,18 @@ def test_a_validation_image_is_shown_though_validation_comes_later(drawn):
     assert torch.allclose(drawn[0][0], raw_image(data.val_set, 0), atol=1e-6)
 
 
+def test_data_of_others_may_say_what_they_are_without_augmentation(drawn):
+    plain = TensorDataset(torch.randn(32, 1, 8, 8), torch.arange(32) % 10)
+
+    class Noisy(TensorDataset):
+        def unaugmented(self):
+            return plain
+
+    noisy = Noisy(torch.randn(32, 1, 8, 8), torch.arange(32) % 10)
+    tiny_trainer(callbacks=[Diversity(image=7)]).fit(tiny_mcn(), DataLoader(noisy, batch_size=16))
+    assert torch.equal(drawn[0][0], plain[7][0])
+
+
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_loaders_without_a_data_module_will_do(drawn, with_validation):
     images, labels = torch.randn(2, 32, 1, 8, 8), torch.arange(32) % 10

@@ -8,11 +8,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_mcn, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 
 from pcnn_lightning.callbacks import filter_curves
-from pcnn_lightning.callbacks.filter_curves import FilterCurves, choose_layer, draw_filters
+from pcnn_lightning.callbacks.drawing import choose_layer
+from pcnn_lightning.callbacks.filter_curves import FilterCurves, draw_filters
 from pcnn_lightning.errors import InputError
 
 MODELS = {
@@ -167,6 +168,14 @@ def test_a_second_run_begins_anew():
     curves = FilterCurves(every_n_steps=2)
     for _ in range(2):
         fit(tiny_mcn(), max_epochs=2, callbacks=[curves])
+    assert curves.steps == [0, 2, 4, 6, 8]
+
+
+def test_a_trainer_that_goes_on_continues_its_curves():
+    curves = FilterCurves(every_n_steps=2)
+    model, trainer = tiny_mcn(), tiny_trainer(callbacks=[curves])
+    for trainer.fit_loop.max_epochs in (1, 2):
+        trainer.fit(model, datamodule=tiny_digits())
     assert curves.steps == [0, 2, 4, 6, 8]
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_mcn, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 
 from pcnn_lightning import StageSwitch
 from pcnn_lightning.callbacks.drawing import one_bit_layers
@@ -157,6 +157,30 @@ def test_a_resumed_run_goes_on(monkeypatch):
             run(Save(), Stop(batches))
         for point in ("epoch", "validation", "batch") if batches == 6 else ("batch",):
             assert run(ckpt_path=f"{point}.ckpt") == whole, (batches, point)
+
+
+def test_a_second_run_begins_anew_with_kernels_of_its_own():
+    flips = FlipRatio()
+    for _ in range(2):
+        fit(tiny_pcnn(**STILL), callbacks=[flips])
+    assert [(row["epoch"], row["flips"]["total"]) for row in flips.epochs] == [(0, 0.0)]
+
+
+def test_a_second_run_without_files_leaves_those_of_the_first(tmp_path):
+    flips = FlipRatio()
+    fit(tiny_pcnn(), callbacks=[flips])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == FILES
+    fit(tiny_pcnn(), callbacks=[flips], fast_dev_run=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_trainer_that_goes_on_continues_its_record():
+    flips = FlipRatio()
+    model, trainer = tiny_pcnn(), tiny_trainer(callbacks=[flips])
+    for trainer.fit_loop.max_epochs in (1, 2):
+        trainer.fit(model, datamodule=tiny_digits())
+    assert [row["epoch"] for row in flips.epochs] == [0, 1]
 
 
 def test_a_run_whose_checkpoint_knows_no_flips_begins_with_them(tmp_path):

@@ -196,6 +196,14 @@ def test_a_resumed_run_goes_on(monkeypatch):
         assert resumed.histograms == whole.histograms, point
 
 
+def test_a_second_run_begins_anew():
+    histograms = KernelHistograms()
+    for _ in range(2):
+        fit(tiny_pcnn(), callbacks=[histograms])
+    assert [row["epoch"] for row in histograms.rows] == [0, 0, 0], "an epoch of three layers"
+    assert [row["epoch"] for row in histograms.histograms] == [0]
+
+
 def test_a_broken_run_leaves_what_it_had(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         fit(tiny_pcnn(), max_epochs=3, callbacks=[KernelHistograms(), Stop(6)])

@@ -1,9 +1,11 @@
 """The fast runtime: its blocks against equations in float64, its thresholds, and networks bit for bit as in torch."""
 
 import copy
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,10 +275,28 @@ def test_threads_make_no_difference():
 
 
 def test_compiled_once():
-    """All that came before had the same types, or whoever uses the runtime would wait again."""
+    """Whatever the network, the kernels are asked with the same types, or whoever uses them would wait again."""
     from pcnn_lightning.deploy.xnor import run_blocks
 
-    assert len(run_blocks.signatures) <= 1
+    for name in ("PCNN resnet18_cifar", "PCNN vgg_small"):
+        for batch in (1, 2):
+            accelerate(trained(name))(torch.randn(batch, *IMAGE_SHAPE))
+    assert len(run_blocks.signatures) == 1
+
+
+def test_torch_keeps_its_threads():
+    """In a process of its own: numba's first launch of all sets them to all there are."""
+    code = """
+import torch
+torch.set_num_threads(1)
+from pcnn_lightning import PCNN
+from pcnn_lightning.deploy import accelerate
+accelerate(PCNN(backbone="wrn7", stages=[2, 2, 2, 2], projections=1).net)(torch.randn(2, 3, 8, 8))
+print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["1"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def _in_packed_runtime(network: PackedNetwork) -> Classify:
 
 def _in_onnxruntime(network: PackedNetwork) -> Classify:
     if find_spec("onnxruntime") is None:
-        raise InputError("it is not installed")
+        raise InputError("onnxruntime is not installed: pip install onnxruntime")
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from pcnn_lightning.benchmark.measure import Report, Round, Setting, Stopwatch, compare_rounds
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import ProjectionConv2d, QuantizedConv2d, SignActivation
 from pcnn_lightning.modules import OneBitClassifier
 
@@ -69,8 +70,11 @@ def _pass(module: nn.Module, x: Tensor, setting: Setting) -> Round:
 
     def once(watch: Stopwatch) -> None:
         watch.start()
-        with setting.autocast():
-            found = module(x)
+        try:
+            with setting.autocast():
+                found = module(x)
+        except TorchDynamoException as error:
+            raise compile_failed(error) from error
         outputs = found if isinstance(found, tuple) else (found,)
         watch.mark("forward")
         if not gradients:

@@ -15,6 +15,7 @@ from statistics import median
 import torch
 
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.tables import aligned
 
 
 class Stopwatch:
@@ -67,7 +68,7 @@ class Report:
     Attributes:
         title: what was measured, where and how.
         images: per round.
-        milliseconds: by contender and phase; the last one, if there are several, is the sum of all others.
+        milliseconds: by contender and phase; the last one, if there are several, is ``step``, all of them.
         megabytes: the most memory that a round took, by contender; empty where it was not looked at.
         ratios: by contender, the median over rounds of the first contender's time by this one's.
         loader: images per second that the data alone can give; None where no data are read.
@@ -90,19 +91,20 @@ class Report:
             cells.append(f"{1000 * self.images / times[phases[-1]]:,.0f}")
             cells += [f"{self.megabytes[name]:,.1f}"] if self.megabytes else []
             rows.append([name, *cells, f"{self.ratios[name]:.2f}"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        aligned = [f"<{widths[0]}", *(f">{width}" for width in widths[1:])]
-        lines = ["  ".join(map(format, row, aligned)) for row in rows]
         words = [f"ratio: {phases[-1]} of {first} by that of the row"]
         if self.loader is not None:
             times = self.milliseconds[first]
             words.append(f"waiting for data: {times['data'] / times[phases[-1]]:.1%} of the {phases[-1]} of {first}")
             words.append(f"data alone: {self.loader:,.0f} images/s")
-        return "\n".join([self.title, "", *lines, "", *words])
+        return "\n".join([self.title, "", *aligned(rows), "", *words])
 
 
 Round = Callable[[Stopwatch], None]
 """Does what is timed once, from ``start`` to the last ``mark``."""
+
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Those of a Trainer that can be timed, and what autocast makes of them."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Setting:
         warmup: how many of each go before.
 
     Raises:
-        InputError: if a number is too small.
+        InputError: if a number is too small, or the precision none that is trained in.
     """
 
     device: torch.device
@@ -129,6 +131,8 @@ class Setting:
     warmup: int = 5
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, but got {self.precision!r}")
         for name, least in (("rounds", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, but got {getattr(self, name)}")
@@ -140,8 +144,8 @@ class Setting:
 
     def autocast(self) -> AbstractContextManager[None]:
         """To be entered for a forward pass."""
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-        return torch.autocast(self.device.type, mixed.get(self.precision), enabled=self.precision in mixed)
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def __str__(self) -> str:
         gpu = self.device.type == "cuda"
@@ -163,6 +167,8 @@ def compare_rounds(
         memory: whether to look at the memory that a round takes.
     """
     device = setting.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream marks are made in
     for _ in range(setting.warmup):
         for contend in contenders.values():
             contend(Stopwatch(device))

@@ -36,7 +36,7 @@ def benchmark_training(model: OneBitClassifier, datamodule: LightningDataModule,
     steps = {name: Training(contender, datamodule, setting).step for name, contender in contenders.items()}
     stages = model.hparams["stages"]
     network = model.hparams["backbone"] + ("" if stages is None else f" {'-'.join(map(str, stages))}")
-    batch_size: int = datamodule.batch_size  # type: ignore[attr-defined]
+    batch_size = len(datamodule.on_after_batch_transfer(next(_endless(datamodule)), 0)[1])
     report = compare_rounds(f"training step, {network}, batch {batch_size}", batch_size, steps, setting)
     return replace(report, loader=loader_rate(datamodule, setting.device))
 
@@ -73,7 +73,7 @@ def twin_of(model: OneBitClassifier) -> PCNN:
 
 
 class Training:
-    """Trains a model step by step, by the optimizer of its own, without a Trainer.
+    """Trains a model step by step without a Trainer: each batch is an update, at the first rates.
 
     Args:
         model: what is trained.
@@ -85,6 +85,7 @@ class Training:
         self._model = model.to(setting.device).train()
         self._model.prepare_features(compile=setting.compiled, channels_last=setting.channels_last)
         self._optimizer = model.configure_optimizers()
+        self._scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.precision == "16-mixed")
         self._datamodule, self._setting = datamodule, setting
         self._batches = _endless(datamodule)
 
@@ -99,10 +100,16 @@ class Training:
             losses, _ = self._model.losses(images, labels)
             loss = torch.stack(list(losses.values())).sum()
         watch.mark("forward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         watch.mark("backward")
-        self._optimizer.step()
+        if (largest := self._model.hparams["gradient_clip"]) is not None:
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), largest)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad()
+        if self._model.center_loss is not None:
+            self._model.center_loss.step()
         watch.mark("optimizer")
 
 

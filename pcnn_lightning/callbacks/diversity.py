@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pcnn_lightning.callbacks.drawing import DrawingCallback
-from pcnn_lightning.callbacks.filter_curves import OneBitConv2d, choose_layer
-from pcnn_lightning.data.datasets import ImageSet
+from pcnn_lightning.callbacks.drawing import DrawingCallback, OneBitConv2d, choose_layer
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import sign
 
@@ -47,10 +45,10 @@ class Diversity(DrawingCallback):
 
     Every epoch ``diversity/<layer>`` is logged, :func:`kernel_diversity` of all kernels of the layer, if J > 1.
 
-    The image is seen as in evaluation. Augmentation is left out of training images of this package's data sets; those
-    of others are taken as they come. Only the first process draws, and its network, buffers, random state and pending
-    losses stay as they were. The cost is a forward pass of one image per epoch. A network without 1-bit layers leaves
-    nothing.
+    The image is seen as in evaluation: of a data set that has a method ``unaugmented``, as this package's have, what
+    that returns is taken; images of others are taken as they come. Only the first process draws, and its network,
+    buffers, random state and pending losses stay as they were. The cost is a forward pass of one image per epoch. A
+    network without 1-bit layers leaves nothing.
 
     Args:
         layer: name of the layer, without ``net.`` or ``net.features.``; None takes the first 1-bit layer.
@@ -151,8 +149,8 @@ def evaluation_image(trainer: Trainer, index: int) -> Tensor:
     images: Any = loader.dataset
     if index >= len(images):
         raise InputError(f"image must be below {len(images)}, the number of images, but got {index}")
-    if isinstance(images, ImageSet):
-        images = replace(images, augmentation=None)
+    if hasattr(images, "unaugmented"):
+        images = images.unaugmented()
     with isolate_rng():
         one = DataLoader(Subset(images, [index]), collate_fn=loader.collate_fn)
         batch = trainer.strategy.batch_to_device(next(iter(one)))

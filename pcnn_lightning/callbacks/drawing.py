@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from pcnn_lightning.layers import QuantizedConv2d
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, QuantizedConv2d
+
+OneBitConv2d = ProjectionConv2d | ModulatedConv2d
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 """Okabe and Ito's colours, which colour-blind readers can tell apart."""
@@ -30,6 +33,16 @@ class DrawingCallback(Callback):
         super().__init__()
         self.folder: Path | None = None
         self.writers: list[SummaryWriter] = []
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what an earlier run has recorded. Overridden by callbacks that record over epochs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.folder, self.writers = None, []
+            if trainer.global_step == 0:  # else this trainer goes on; what a checkpoint knows is restored after this
+                self.begin_anew()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asked for here, by all processes, because it is broadcast: at an exception they are no longer in step.
@@ -66,6 +79,25 @@ def short_name(name: str) -> str:
 def one_bit_layers(module: nn.Module) -> dict[str, QuantizedConv2d]:
     """The 1-bit layers, from input to output, by their short names."""
     return {short_name(name): layer for name, layer in module.named_modules() if isinstance(layer, QuantizedConv2d)}
+
+
+def choose_layer(module: nn.Module, name: str | None) -> tuple[str, OneBitConv2d] | None:
+    """A 1-bit layer and its name, without ``net.features.`` or ``net.``; None if ``module`` has no such layers.
+
+    Args:
+        module: where to look.
+        name: of the layer, with or without that beginning; None takes the first.
+
+    Raises:
+        InputError: if there are 1-bit layers, but none of that name.
+    """
+    layers = {key: layer for key, layer in one_bit_layers(module).items() if isinstance(layer, OneBitConv2d)}
+    if not layers:
+        return None
+    chosen = next(iter(layers)) if name is None else short_name(name)
+    if chosen not in layers:
+        raise InputError(f"there is no 1-bit layer {name}; there are {', '.join(layers)}")
+    return chosen, layers[chosen]
 
 
 def mark_stages(axes: Axes, epochs: list[dict[str, Any]]) -> None:

@@ -15,16 +15,13 @@ from pcnn_lightning.callbacks.drawing import (
     ORANGE,
     PINK,
     DrawingCallback,
-    one_bit_layers,
-    short_name,
+    OneBitConv2d,
+    choose_layer,
 )
-from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d
 
 MOST_POINTS, MOST_PANELS = 500, 8
 COLOURS, DASHES = (BLUE, ORANGE, GREEN, PINK, GREY), ("-", "--", "-.")  # of rows and columns
-
-OneBitConv2d = ProjectionConv2d | ModulatedConv2d
 
 
 class FilterCurves(DrawingCallback):
@@ -54,11 +51,13 @@ class FilterCurves(DrawingCallback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1 or null, but got {every_n_steps}")
         self.layer, self.every_n_steps = layer, every_n_steps
+        self._chosen: tuple[str, OneBitConv2d] | None = None
+        self._every = 1
+
+    def begin_anew(self) -> None:
         self.steps: list[int] = []
         self.values = torch.empty(0)  # (len(steps), planes, kh, kw), on the CPU
         self._waiting: list[tuple[int, Tensor]] = []  # on the device
-        self._chosen: tuple[str, OneBitConv2d] | None = None
-        self._every = 1
 
     @property
     def state_key(self) -> str:
@@ -68,8 +67,6 @@ class FilterCurves(DrawingCallback):
         super().on_train_start(trainer, pl_module)
         self._chosen = choose_layer(pl_module, self.layer)
         self._every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        before = [step for step in self.steps if step < trainer.global_step]  # all, unless this is another run
-        self.steps, self.values, self._waiting = before, self.values[: len(before)], []
         self._record(trainer)
 
     def on_train_batch_end(
@@ -144,25 +141,6 @@ class FilterCurves(DrawingCallback):
             for place, value in zip(places, values, strict=True)
         ]
         self.write(file_name, rows)
-
-
-def choose_layer(module: torch.nn.Module, name: str | None) -> tuple[str, OneBitConv2d] | None:
-    """A 1-bit layer and its name, without ``net.features.`` or ``net.``; None if ``module`` has no such layers.
-
-    Args:
-        module: where to look.
-        name: of the layer, with or without that beginning; None takes the first.
-
-    Raises:
-        InputError: if there are 1-bit layers, but none of that name.
-    """
-    layers = {key: layer for key, layer in one_bit_layers(module).items() if isinstance(layer, OneBitConv2d)}
-    if not layers:
-        return None
-    chosen = next(iter(layers)) if name is None else short_name(name)
-    if chosen not in layers:
-        raise InputError(f"there is no 1-bit layer {name}; there are {', '.join(layers)}")
-    return chosen, layers[chosen]
 
 
 def acting_filters(layer: OneBitConv2d) -> Tensor:

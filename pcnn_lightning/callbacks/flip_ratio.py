@@ -27,8 +27,7 @@ class FlipRatio(DrawingCallback):
     ``flips`` are written at the end of the run. A resumed run goes on with what it had recorded.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def begin_anew(self) -> None:
         self.epochs: list[dict[str, Any]] = []
         """``epoch``, ``stage``, and shares by name in ``flips`` and ``zeros``."""
         self._signs: dict[str, Tensor] = {}  # of each layer at the end of the last epoch: -1, 0 and 1 (int8)

@@ -42,6 +42,8 @@ class KernelHistograms(DrawingCallback):
         if bins < 2:
             raise ValueError(f"bins must be at least 2, but got {bins}")
         self.every_n_epochs, self.bins = every_n_epochs, bins
+
+    def begin_anew(self) -> None:
         self.rows: list[dict[str, Any]] = []
         """An epoch and layer each: ``epoch``, ``stage``, ``layer`` and ``STATISTICS``."""
         self.histograms: list[dict[str, Any]] = []

@@ -24,8 +24,7 @@ class LossCurves(DrawingCallback):
     run is broken off. A resumed run continues its curves.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def begin_anew(self) -> None:
         self.epochs: list[dict[str, Any]] = []
         self._validation: dict[str, float] = {}  # of this epoch, if it had one
 

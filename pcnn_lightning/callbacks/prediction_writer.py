@@ -26,6 +26,10 @@ class PredictionWriter(BasePredictionWriter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for name in ("predict_names", "classes"):
+            if not hasattr(data, name):
+                raise InputError(f"{type(data).__name__} has no {name}, by which predictions are written down")
         if self.path.is_dir():
             raise InputError(f"cannot write predictions to {self.path}: it is a folder")
         try:

@@ -25,19 +25,26 @@ class StageCheckpoint(ModelCheckpoint):
     when the run is asked to end by SIGTERM or, on the command line, Ctrl-C.
 
     The record, ``stages.json``, holds for each stage the best value of ``monitor``, its epoch and its file, and is
-    printed when training ends. Without validation data the latest epoch of a stage counts as its best.
+    printed when training ends. Without validation data the latest epoch of a stage counts as its best. The record is
+    of the newest run in the folder: a new run overwrites it when its first epoch ends, a run resumed from a checkpoint
+    of this folder goes on with it, and one resumed from that of another folder begins its own.
 
     Args:
         dirpath: folder of the checkpoints. Fixed, so that a later process finds them by ``--ckpt_path last`` or
-            ``--ckpt_path best``. What another run has left there is not overwritten but numbered around.
+            ``--ckpt_path best``. Checkpoints that another run has left there are not overwritten but numbered around.
         monitor: the metric that decides.
         mode: whether ``max`` or ``min`` of it is best.
         save_last: whether to write ``last.ckpt`` after every epoch.
+
+    Raises:
+        ValueError: if ``dirpath`` is a remote folder, ``scheme://...``.
     """
 
     def __init__(
         self, dirpath: str, monitor: str = "val/accuracy", mode: str = "max", save_last: bool = True, **others: Any
     ) -> None:
+        if "://" in str(dirpath):  # which would end as a local folder of that name
+            raise ValueError(f"dirpath must be a local folder, but got {dirpath}")
         super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_last=save_last, **others)
         self._state_key = f"{type(self).__name__}({monitor}, {mode})"  # monitor may be given up later
         self.stages: dict[str, dict[str, Any]] = {}
@@ -67,6 +74,8 @@ class StageCheckpoint(ModelCheckpoint):
         self._write_record(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return  # the state restored for it knows no more than the checkpoint that it came with
         self.filename, self._epoch = str(pl_module.stage), trainer.current_epoch
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
@@ -125,8 +134,9 @@ class StageCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "stages": self.stages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.stages = state_dict["stages"]
+        if state_dict["dirpath"] == self.dirpath:  # else it names files that are not in this folder
+            super().load_state_dict(state_dict)
+            self.stages = state_dict["stages"]
 
     def _save_last(self, trainer: Trainer) -> None:
         # Lightning's own save_last writes only beside a new best, and the last epoch need not be one.

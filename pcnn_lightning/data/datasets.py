@@ -74,6 +74,10 @@ class ImageSet(Dataset[RawBatch], ABC):
         """The same images, varied."""
         return replace(self, augmentation=augmentation)
 
+    def unaugmented(self) -> "ImageSet":
+        """The same images as they are."""
+        return replace(self, augmentation=None)
+
     def unlabelled(self) -> "ImageSet":
         """The same images without their labels."""
         return replace(self, labels=None)

@@ -1,4 +1,4 @@
-"""Trained networks as they leave: frozen, and packed at one bit a sign. Only torch and safetensors are needed.
+"""Trained networks as they leave: frozen, and packed at one bit a sign. Lightning is not needed.
 
 Ten lines without Lightning, which label images by a packed file::
 

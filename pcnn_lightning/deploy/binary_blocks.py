@@ -81,7 +81,8 @@ class BinaryBlocks(nn.Module):
 
         from pcnn_lightning.deploy.xnor import run_blocks
 
-        threads, before = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS), numba.get_num_threads()
+        of_torch, before = torch.get_num_threads(), numba.get_num_threads()
+        threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
         # As many images of a thread as its cache holds: each round of the threads costs a microsecond.
         at_once = min(threads * max(1, _CACHE // (4 * output.shape[1:].numel())), max(1, len(output)))
@@ -107,6 +108,8 @@ class BinaryBlocks(nn.Module):
                 )
         finally:
             numba.set_num_threads(before)
+            if torch.get_num_threads() != of_torch:  # numba's first launch sets them to all there are
+                torch.set_num_threads(of_torch)
 
     def _border_of(self, size: torch.Size) -> tuple[Any, Any, Any]:
         """What ``run_blocks`` takes as rows, columns and base for images of (H, W), kept for the next ones."""

@@ -46,9 +46,7 @@ def save_onnx(network: nn.Module, path: str | os.PathLike[str], description: Des
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
         from onnxscript import optimizer
     except ImportError as error:
-        raise InputError(
-            f"ONNX needs packages that are not installed here ({error}): install pcnn-lightning[onnx]"
-        ) from error
+        raise InputError(f"ONNX needs packages that are not installed here ({error}): pip install '.[onnx]'") from error
     module, images = _to_trace(network, description)
     program = torch.onnx.export(
         module,

@@ -42,7 +42,7 @@ def accelerate(network: AnyNetwork) -> AnyNetwork:
     try:
         import numba  # noqa: F401  # the kernels ask for it only when they run
     except ImportError as error:
-        raise InputError(f"the fast runtime needs numba ({error}): pip install 'pcnn-lightning[runtime]'") from error
+        raise InputError(f"the fast runtime needs numba ({error}): pip install '.[runtime]'") from error
     fast = freeze(network)
     _replace(fast)
     if not any(isinstance(module, BinaryBlocks) for module in fast.modules()):

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pcnn_lightning.backbones import build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d
 from pcnn_lightning.losses import CenterLoss
 from pcnn_lightning.modules.metrics import SampleMean
@@ -45,6 +45,8 @@ class OneBitClassifier(TwoRateModule):
     """
 
     center_loss: CenterLoss | None
+    family: str
+    """``PCNN`` or ``MCN``, also of a subclass."""
     trained_stages: tuple[str, ...]
     """The stages that a run of this family goes through, in order."""
     layer_loss = "projection_loss"
@@ -147,8 +149,7 @@ class OneBitClassifier(TwoRateModule):
         try:
             return self._compiled(images)
         except TorchDynamoException as error:
-            said = " ".join(str(error).partition("\n\n")[0].split())
-            raise InputError(f"model.compile: {said}. Without it: model.compile false") from error
+            raise compile_failed(error) from error
 
     def prepare_features(self, *, compile: bool, channels_last: bool) -> None:
         """Lay out and compile the backbone for training."""
@@ -276,7 +277,7 @@ class OneBitClassifier(TwoRateModule):
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 self.diverged(f"{name} holds NaN or infinite values")
         checkpoint["one_bit"] = {
-            "family": type(self).__name__,
+            "family": self.family,
             "stage": self.stage,
             "stage_start": self.stage_start,
             "optimizer": self.hparams["optimizer"],
@@ -285,10 +286,10 @@ class OneBitClassifier(TwoRateModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("one_bit", {})
-        if saved.get("family") != type(self).__name__:
+        if saved.get("family") != self.family:
             raise InputError(
                 f"the checkpoint holds a {saved.get('family', 'model that pcnn_lightning did not train')}, "
-                f"not a {type(self).__name__}"
+                f"not a {self.family}"
             )
         check_same_tensors(self.state_dict(), checkpoint["state_dict"])
         if self.is_fitting and (optimizer := saved.get("optimizer")) != self.hparams["optimizer"]:

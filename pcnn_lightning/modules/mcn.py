@@ -29,6 +29,7 @@ class MCN(OneBitClassifier):
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
 
+    family = "MCN"
     trained_stages = ("binary",)
     layer_loss = "filter_loss"
     second_rate = "modulations"

@@ -35,6 +35,7 @@ class PackedClassifier(OneBitClassifier):
     def __init__(self, *, path: str) -> None:
         network = load_packed(path)
         description = network.description
+        self.family = description.family
         super().__init__(num_classes=description.num_classes, in_channels=description.in_channels)
         self.save_hyperparameters(logger=False)  # they are of a training that this is not
         self.layer_loss = (PCNN if description.family == "PCNN" else MCN).layer_loss
@@ -63,6 +64,8 @@ class PackedClassifier(OneBitClassifier):
             "mean": description.mean,
             "std": description.std,
         }
+        if description.class_names is not None:
+            expected["classes"] = description.class_names
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         for name, value in expected.items():
             found = getattr(data, name, value)  # data of a class of the user's own need not say
@@ -95,7 +98,7 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
     }
     return Description(
         **fields,
-        family=cast(Any, type(model).__name__),
+        family=cast(Any, model.family),
         stage=cast(Any, model.stage),
         planes=model.hparams["planes" if isinstance(model, MCN) else "projections"],
         image_size=tuple(asked["image_shape"][1:]),

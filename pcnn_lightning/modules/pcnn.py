@@ -36,6 +36,7 @@ class PCNN(OneBitClassifier):
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
 
+    family = "PCNN"
     trained_stages = ("ternary", "binary")
 
     def __init__(
