@@ -283,7 +283,7 @@ def test_a_description_of_another_network_is_refused(path):
 def test_onnx_without_its_packages_names_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     model = trained_model("PCNN J=4")
-    with pytest.raises(InputError, match=r"onnxscript.*install pcnn-lightning\[onnx\]"):
+    with pytest.raises(InputError, match=r"onnxscript.*pip install '\.\[onnx\]'"):
         save_onnx(model.net, "network.onnx", described(model))
 
 

@@ -324,7 +324,7 @@ def test_a_network_of_another_precision_is_refused():
 
 def test_numba_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(InputError, match=r"needs numba \(.*\): pip install 'pcnn-lightning\[runtime\]'"):
+    with pytest.raises(InputError, match=r"needs numba \(.*\): pip install '\.\[runtime\]'"):
         accelerate(trained("PCNN J=4"))
 
 

@@ -3,6 +3,6 @@
 from pcnn_lightning.benchmark.inference import benchmark_inference
 from pcnn_lightning.benchmark.layer import benchmark_layer
 from pcnn_lightning.benchmark.measure import Report, Setting
-from pcnn_lightning.benchmark.training import benchmark_training
+from pcnn_lightning.benchmark.training import benchmark_training, loader_rate
 
-__all__ = ["Report", "Setting", "benchmark_inference", "benchmark_layer", "benchmark_training"]
+__all__ = ["Report", "Setting", "benchmark_inference", "benchmark_layer", "benchmark_training", "loader_rate"]

@@ -95,6 +95,8 @@ def _in_onnxruntime(network: PackedNetwork) -> Classify:
         save_onnx(network, path, network.description)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Its threads would go on spinning for a while, on the cores of whose turn is next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def classify(images: Tensor) -> object:
