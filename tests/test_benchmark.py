@@ -206,6 +206,8 @@ def test_a_layer_is_timed_at_the_size_it_has_in_the_network():
 def test_a_layer_that_is_not_there():
     with pytest.raises(InputError, match=r"layer must be one of features.stage1.0.conv, .*, but got 'stem'"):
         benchmark_layer(tiny_pcnn(), "stem", (1, 8, 8), 5, ONCE)
+    with pytest.raises(InputError, match="layer must be left out: this network has no 1-bit layers, but got 'stem'"):
+        benchmark_layer(tiny_pcnn(full_precision=True), "stem", (1, 8, 8), 5, ONCE)
 
 
 def test_other_libraries_take_part_where_they_are_installed(monkeypatch):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
+from tiny import Stop, fit, tiny_digits, tiny_pcnn, tiny_trainer
 
 from pcnn_lightning import PCNN, LossCurves, PredictionWriter, StageCheckpoint, StageSwitch
 from pcnn_lightning.callbacks import StageProgressBar
@@ -138,17 +138,6 @@ def test_best_is_a_binary_epoch_though_a_ternary_one_was_better(tmp_path):
 
 
 # Resuming.
-
-
-class Stop(Callback):
-    """End a run as if it were killed after so many batches."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.batches:
-            raise RuntimeError("killed")
 
 
 @pytest.mark.parametrize("reinit", [False, True])

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
+from tiny import Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from pcnn_lightning import ProjectionConv2d, StageSwitch
@@ -36,15 +36,6 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(diversity, "draw_diversity", note)
     return figures
-
-
-class Stop(Callback):
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.steps:
-            raise RuntimeError("killed")
 
 
 class Still(Callback):

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
+from tiny import Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 
 from pcnn_lightning.callbacks import filter_curves
@@ -43,17 +43,6 @@ class Watch(Callback):
 
     def look(self, trainer, pl_module):
         self.seen[trainer.global_step] = self.read(pl_module.state_dict()[self.name].clone())
-
-
-class Stop(Callback):
-    """End a run as if it were killed after so many steps."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.steps:
-            raise RuntimeError("killed")
 
 
 def table(path="filters.csv"):

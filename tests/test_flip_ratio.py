@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
+from tiny import Save, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 
 from pcnn_lightning import StageSwitch
 from pcnn_lightning.callbacks.drawing import one_bit_layers
@@ -16,30 +16,6 @@ from pcnn_lightning.callbacks.flip_ratio import FlipRatio, draw_flips, pack, sha
 FILES = {"flips.csv", "flips.png"}
 LAYERS = ["stage1.0.conv", "stage2.0.conv", "stage3.0.conv"]
 STILL = {"eta1": 0.0, "eta2": 0.0}
-
-
-class Stop(Callback):
-    """Break a run off after so many updates."""
-
-    def __init__(self, updates):
-        self.updates = updates
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.updates:
-            raise RuntimeError("killed")
-
-
-class Save(Callback):
-    """Leave a checkpoint at each point that one may be taken at."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint("batch.ckpt")
-
-    def on_validation_end(self, trainer, pl_module):
-        trainer.save_checkpoint("validation.ckpt")
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.save_checkpoint("epoch.ckpt")
 
 
 class KeepKernels(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import fit, tiny_mcn, tiny_pcnn
+from tiny import Save, Stop, fit, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import StageSwitch
 from pcnn_lightning.callbacks.kernel_histograms import (
@@ -25,30 +25,6 @@ from pcnn_lightning.errors import DivergedError
 
 FILES = {"kernels.csv", "kernels_last.png", "kernels_over_epochs.png"}
 PROGRESSIVE = {"stage": "ternary", "schedule": "cosine", "projection_loss_weight": 1e-2}
-
-
-class Stop(Callback):
-    """Break a run off after so many updates."""
-
-    def __init__(self, updates):
-        self.updates = updates
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.updates:
-            raise RuntimeError("killed")
-
-
-class Save(Callback):
-    """Leave a checkpoint at each point that one may be taken at."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint("batch.ckpt")
-
-    def on_validation_end(self, trainer, pl_module):
-        trainer.save_checkpoint("validation.ckpt")
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.save_checkpoint("epoch.ckpt")
 
 
 class KeepKernels(Callback):

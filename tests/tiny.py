@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from pcnn_lightning import MCN, PCNN, Digits
 
@@ -31,3 +31,27 @@ def fit(model: PCNN | MCN, data: Digits | None = None, ckpt_path: str | None = N
     runner = tiny_trainer(**trainer)
     runner.fit(model, datamodule=data or tiny_digits(), ckpt_path=ckpt_path)
     return runner
+
+
+class Stop(Callback):
+    """Break a run off after so many updates."""
+
+    def __init__(self, updates):
+        self.updates = updates
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.updates:
+            raise RuntimeError("killed")
+
+
+class Save(Callback):
+    """Leave a checkpoint at each point that one may be taken at."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint("batch.ckpt")
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.save_checkpoint("validation.ckpt")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint("epoch.ckpt")

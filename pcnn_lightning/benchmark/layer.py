@@ -34,7 +34,8 @@ def benchmark_layer(
     """
     layers = {found: part for found, part in model.net.named_modules() if isinstance(part, QuantizedConv2d)}
     if name not in layers:
-        raise InputError(f"layer must be one of {', '.join(layers)}, but got {name!r}")
+        known = f"one of {', '.join(layers)}" if layers else "left out: this network has no 1-bit layers"
+        raise InputError(f"layer must be {known}, but got {name!r}")
     layer, device = layers[name], setting.device
     x = torch.randn(_input_shape(model.net, layer, image_shape, batch_size), device=device)
     contenders: dict[str, nn.Module] = {type(layer).__name__: _Ours(layer, model), "nn.Conv2d": _make(nn.Conv2d, layer)}
