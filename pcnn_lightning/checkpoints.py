@@ -1,4 +1,4 @@
-"""Writing checkpoints so that none is ever half there, reading them, and saying in one line what is wrong with one."""
+"""Writing checkpoints whole, reading them, and explaining in one line what is wrong with one."""
 
 import io
 import os
@@ -9,9 +9,8 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from pcnn_lightning.deploy import is_packed
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.files import write_whole
+from pcnn_lightning.files import is_packed, write_whole
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,13 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU, without running any code that it may hold.
+    """Read a checkpoint of this package onto the CPU, without running code from it.
 
     Raises:
-        InputError: if there is no such file, or pcnn_lightning did not write it, or not to its end.
+        InputError: if there is no such file, or it is damaged or not written by pcnn_lightning.
     """
     if is_packed(path):
-        raise InputError(f"{path} is a packed network: it cannot be trained, and is tested by the flag --ckpt_path")
+        raise InputError(f"{path} is a packed network: it cannot be trained; test it with the flag --ckpt_path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -54,10 +53,10 @@ def load_checkpoint(path: str) -> dict[str, Any]:
 
 
 def check_same_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Compare the tensors of a model and a checkpoint.
+    """Compare the tensors of a model with those of a checkpoint.
 
     Raises:
-        InputError: names the first of those that are missing, not expected, or of another shape.
+        InputError: names the first tensors that are missing, unexpected or of another shape.
     """
     differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
     differences += [f"{name} is not in the model" for name in found.keys() - expected.keys()]

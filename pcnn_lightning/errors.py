@@ -1,15 +1,15 @@
-"""The two errors that the command line reports as one line, without a traceback."""
+"""The errors that the command line reports in one line, without a traceback."""
 
 
 class InputError(ValueError):
-    """Something the user gave (configuration, data, checkpoint) cannot be used; the message says what is allowed."""
+    """User input (configuration, data or checkpoint) cannot be used; the message says what is allowed."""
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number; the message names the first step and the last good checkpoint."""
+    """The loss or a weight is NaN or infinite; the message names the step or weight, and the last good checkpoint."""
 
 
 def compile_failed(error: Exception) -> InputError:
-    """What to raise where ``torch.compile`` has failed: the first paragraph of its many."""
+    """The error to raise if ``torch.compile`` failed, with the first paragraph of its long message."""
     said = " ".join(str(error).partition("\n\n")[0].split())
     return InputError(f"compile: {said}. Without it: compile false")

@@ -1,4 +1,4 @@
-"""Files and folders that a user may have put out of reach."""
+"""Reading and writing files safely."""
 
 import os
 from contextlib import suppress
@@ -11,7 +11,7 @@ def check_writable(folder: Path) -> None:
     """Make ``folder`` if it is missing.
 
     Raises:
-        InputError: if that is not possible, or nothing can be written there.
+        InputError: if it cannot be made or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -21,10 +21,19 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"no permission to write into {folder}")
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write beside ``path``, then move there what is whole and on the disk.
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a file that begins as a packed network does: with a length of 8 bytes and JSON."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError:
+        return False
 
-    Whatever happens meanwhile, a full disk or ``kill -9``, the file that was there before stays as it was.
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all: to a temporary file beside ``path``, which then replaces it.
+
+    A full disk or ``kill -9`` leaves the previous file as it was.
 
     Raises:
         InputError: if the file cannot be written.

@@ -3,12 +3,12 @@ import warnings
 import pytest
 import torch
 
-# The networks here are so small that a second thread costs more than it brings.
+# The networks here are too small to gain from a second thread.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """What a run writes without being told where goes to the test's own folder."""
+def _temporary_folder(tmp_path, monkeypatch):
+    """Run each test in a temporary folder, where relative paths and default outputs end up."""
     monkeypatch.chdir(tmp_path)
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|logging interval|exists and is not empty)")

@@ -1,4 +1,4 @@
-"""The equations of PCNN and MCN a second time: float64, slow, plane by plane, and nothing from the package.
+"""A second implementation of PCNN and MCN: float64, slow, plane by plane, and independent of the package.
 
 Written from the equations of the method (3.12-3.27, 3.42-3.59), so that the tests compare two independent readings of
 them.
@@ -18,16 +18,18 @@ from torch import Tensor
 
 torch.set_num_threads(1)  # tensors this small gain nothing from threads that wait for each other on a busy machine
 
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
 
 def sign(x: Tensor) -> Tensor:
-    """Sign with sign(0) = +1."""
+    """The sign of each element, +1 for zero."""
     signs = torch.ones_like(x)
     signs[x < 0] = -1
     return signs
 
 
 def quantize(
-    weight: Tensor, projection: Tensor, *, levels: str = "binary", sigma: float = 0.7, projection_forward: str = "full"
+    weight: Tensor, projection: Tensor, *, levels: int = 2, sigma: float = 0.7, projection_forward: str = "full"
 ) -> Tensor:
     """D of shape (O * J, in, kh, kw), kernel by kernel: ``D[o * J + j] = Ĉ_j[o]`` (3.28, 3.57-3.59)."""
     weight, projection = weight.detach().double(), projection.detach().double()
@@ -37,7 +39,7 @@ def quantize(
     for o, j in itertools.product(range(originals), range(matrices)):
         matrix = projection[j].mean() if projection_forward == "mean" else projection[j]
         product = matrix * weight[o]
-        if levels == "binary":
+        if levels == 2:
             kernel = scale * sign(product)
         else:
             kernel = sigma * scale * sign(product)

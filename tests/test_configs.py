@@ -10,39 +10,16 @@ import yaml
 from PIL import Image
 
 import pcnn_lightning
-from pcnn_lightning import MCN, PCNN
+from pcnn_lightning import OneBitClassifier
 from pcnn_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = {"ddp", "debug", "gpu_bf16"}
-EXPECTED = {  # backbone, J or K, first stage, 1-bit convolutions
-    "cifar": ("wrn22", 4, "ternary", 18),
-    "cifar100": ("wrn22", 4, "ternary", 18),
-    "cifar_binary": ("wrn22", 4, "binary", 18),
-    "cifar_full_precision": ("wrn22", 4, "full_precision", 0),
-    "digits": ("wrn7", 1, "ternary", 3),
-    "imagenet_resnet18": ("resnet18", 1, "binary", 16),
-    "mcn_digits": ("mcn8", 4, "binary", 7),
-    "mcn_cifar": ("mcn20", 4, "binary", 19),
-    "mcn1_cifar": ("mcn20", 4, "binary", 19),
-    "umcn_cifar": ("mcn20", 4, "full_precision", 19),
-}
-SHAPE = {  # classes, channels
-    "cifar": (10, 3),
-    "cifar100": (100, 3),
-    "cifar_binary": (10, 3),
-    "cifar_full_precision": (10, 3),
-    "digits": (10, 1),
-    "imagenet_resnet18": (1000, 3),
-    "mcn_digits": (10, 1),
-    "mcn_cifar": (10, 3),
-    "mcn1_cifar": (10, 3),
-    "umcn_cifar": (10, 3),
-}
-PLANES = {"PCNN": "projections", "MCN": "planes"}
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in OVERLAYS)
+SHAPE = {"Digits": (10, 1), "CIFAR10": (10, 3), "CIFAR100": (100, 3), "ImageFolder": (1000, 3)}  # classes, channels
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
-whole = pytest.mark.parametrize("name", EXPECTED)
+whole = pytest.mark.parametrize("name", RUNS)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +33,7 @@ def read(name: str) -> dict:
 
 
 def parsed(capsys: pytest.CaptureFixture[str], *names: str) -> dict:
-    """What the parser makes of some files laid over each other."""
+    """The configuration that the parser makes of several files."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as leave:
         main(["fit", *(f"--config={CONFIGS / name}.yaml" for name in names), "--print_config"])
@@ -66,8 +43,10 @@ def parsed(capsys: pytest.CaptureFixture[str], *names: str) -> dict:
 
 
 def contains(outer: object, inner: object) -> bool:
-    """Whether all that ``inner`` says is in ``outer`` too; a class may be named by its path."""
+    """Whether ``outer`` has all that ``inner`` has; a class may be given by its path, or by its arguments alone."""
     if isinstance(inner, dict):
+        if isinstance(outer, dict) and "init_args" in outer and "class_path" not in inner:
+            outer = outer["init_args"]
         return isinstance(outer, dict) and all(contains(outer.get(key), value) for key, value in inner.items())
     if isinstance(inner, list):
         same_length = isinstance(outer, list) and len(outer) == len(inner)
@@ -75,39 +54,24 @@ def contains(outer: object, inner: object) -> bool:
     return outer == inner or (isinstance(outer, str) and outer.endswith(f".{inner}"))
 
 
-def build(name: str) -> PCNN | MCN:
-    model = read(name)["model"]
-    num_classes, in_channels = SHAPE[name]
-    built = getattr(pcnn_lightning, model["class_path"])(
-        num_classes=num_classes, in_channels=in_channels, **model["init_args"]
-    )
-    assert isinstance(built, MCN if "mcn" in name else PCNN)
-    return built
+def build(name: str) -> OneBitClassifier:
+    config = read(name)
+    num_classes, in_channels = SHAPE[config["data"]["class_path"]]
+    family = getattr(pcnn_lightning, config["model"]["class_path"])
+    return family(num_classes=num_classes, in_channels=in_channels, **config["model"]["init_args"])
 
 
-def arguments_of(name: str, callback: str) -> dict | None:
-    """Arguments that a configuration gives to one of its callbacks; None if it does not have it."""
-    found = [entry for entry in read(name)["trainer"]["callbacks"] if entry["class_path"] == callback]
-    assert len(found) <= 1
-    return found[0].get("init_args", {}) if found else None
-
-
-def first_binary_epoch(name: str) -> float:
-    """Of a progressive run, from an epoch or a share of the run."""
-    switch = arguments_of(name, "StageSwitch")
-    assert switch is not None
-    return switch["epoch"] * (read(name)["trainer"]["max_epochs"] if switch["epoch"] < 1 else 1)
-
-
-def test_all_are_looked_at():
-    assert {path.stem for path in CONFIGS.iterdir()} == OVERLAYS | set(EXPECTED)
-
-
-@pytest.mark.parametrize("name", sorted(OVERLAYS | set(EXPECTED)))
-def test_says_what_it_is_for(name):
+@pytest.mark.parametrize("name", [*RUNS, *sorted(OVERLAYS)])
+def test_the_first_line_says_what_it_is_for(name):
     first = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
     assert first.endswith((".", "gpu_bf16.yaml"))
+
+
+@whole
+def test_is_short_and_has_a_folder_of_its_own(name):
+    assert len((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()) <= 25
+    assert read(name)["run_dir"] == f"runs/{name}"
 
 
 @whole
@@ -117,7 +81,7 @@ def test_parses(capsys, name):
 
 @pytest.mark.parametrize("overlay", sorted(OVERLAYS))
 def test_overlay(capsys, overlay):
-    """It changes what it names, and nothing else."""
+    """An overlay changes only the settings that it names."""
     base, changed = parsed(capsys, "cifar"), parsed(capsys, "cifar", overlay)
     named = read(overlay)
     assert contains(changed, named)
@@ -126,20 +90,35 @@ def test_overlay(capsys, overlay):
     assert changed == base
 
 
-@whole
-def test_model(name):
+EXPECTED = {  # stage, and what must hold for each 1-bit layer
+    "cifar": ("ternary", {"planes": 4, "projection_loss_weight": 1e-4}),
+    "cifar100": ("ternary", {"planes": 4}),
+    "cifar_binary": ("binary", {"planes": 4, "projection_loss_weight": 1e-4}),
+    "digits": ("ternary", {"planes": 1}),
+    "imagenet_resnet18": ("binary", {"planes": 1}),
+    "mcn_digits": ("binary", {"average": False, "binarize": True}),
+    "mcn_cifar": ("binary", {"average": False, "binarize": True}),
+    "mcn1_cifar": ("binary", {"average": True, "binarize": True}),
+    "umcn_cifar": ("real", {"average": False, "binarize": False}),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_layers(name):
+    stage, attributes = EXPECTED[name]
     model = build(name)
-    backbone, planes, stage, count = EXPECTED[name]
-    assert model.hparams["backbone"] == backbone
-    assert model.hparams[PLANES[type(model).__name__]] == planes
     assert model.stage == stage
-    layers = [layer for layer in model.one_bit_layers if layer.kernel_size == (3, 3)]
-    assert [layer.out_channels // len(layer.weight) for layer in layers] == [planes] * count
-    if isinstance(model, PCNN):
-        assert {layer.levels for layer in layers} <= {stage}
-    else:
-        assert {layer.average for layer in layers} == {name == "mcn1_cifar"}
-        assert {layer.binarize for layer in layers} == {stage == "binary"}
+    depth = {"wrn22": 18, "wrn7": 3, "resnet18": 16, "mcn20": 19, "mcn8": 7}[model.hparams["backbone"]]
+    layers = [layer for layer in model.one_bit_layers.values() if layer.kernel_size == (3, 3)]
+    assert len(layers) == depth
+    for layer in layers:
+        assert layer.stage == stage
+        assert {attribute: getattr(layer, attribute) for attribute in attributes} == attributes
+
+
+def test_the_full_precision_network_has_no_1_bit_layers():
+    model = build("cifar_full_precision")
+    assert (model.stage, model.one_bit_layers) == ("full_precision", {})
 
 
 @whole
@@ -149,30 +128,19 @@ def test_data(name, tmp_path):
     if data["class_path"] == "ImageFolder":
         (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
         arguments = {**arguments, "root": str(tmp_path / "images")}
-        getattr(pcnn_lightning, data["class_path"])(**arguments)
-    else:
-        built = getattr(pcnn_lightning, data["class_path"])(**arguments)
-        assert (built.num_classes, built.in_channels) == SHAPE[name]
+    built = getattr(pcnn_lightning, data["class_path"])(**arguments)
+    if data["class_path"] != "ImageFolder":
+        assert (built.num_classes, built.in_channels) == SHAPE[data["class_path"]]
 
 
 @whole
-def test_stages_in_order(name):
-    """Exactly the ternary ones are switched, early enough to train in the binary stage."""
-    model, max_epochs = build(name), read(name)["trainer"]["max_epochs"]
-    assert (arguments_of(name, "StageSwitch") is not None) == (model.stage == "ternary")
-    if model.stage == "ternary":
-        assert 1 <= first_binary_epoch(name) < max_epochs
-        assert first_binary_epoch(name) == int(first_binary_epoch(name))
-
-
-@whole
-def test_runs_are_kept_apart(name):
-    trainer = read(name)["trainer"]
-    checkpoints = arguments_of(name, "StageCheckpoint")
-    assert checkpoints is not None
-    assert trainer["logger"]["init_args"]["name"] == name
-    assert checkpoints["dirpath"] == f"{trainer['logger']['init_args']['save_dir']}/{name}/checkpoints"
-    assert arguments_of(name, "LossCurves") is not None
+def test_exactly_the_ternary_runs_are_switched_early_enough(name):
+    config = read(name)
+    assert ("stage_switch" in config) == (build(name).stage == "ternary")
+    if "stage_switch" in config:
+        first_binary_epoch = config["stage_switch"]["epoch"] * config["trainer"]["max_epochs"]
+        assert 1 <= first_binary_epoch < config["trainer"]["max_epochs"]
+        assert first_binary_epoch == int(first_binary_epoch)
 
 
 @pytest.mark.parametrize("name", ["cifar", "cifar_binary"])
@@ -184,10 +152,8 @@ def test_published_setting(name):
     assert config["data"]["init_args"]["batch_size"] == 128
     assert (hparams["optimizer"], hparams["momentum"], hparams["nesterov"]) == ("sgd", 0.9, True)
     assert hparams["weight_decay"] == 3e-4
-    assert hparams["projection_loss_weight"] == 1e-4
-    assert {layer.projection_loss_weight for layer in model.projection_layers} == {1e-4}
-    rates = [model.rates[0].at(epoch, 200) for epoch in range(200)]
-    rates[0] = rates[1]  # but for a warm-up, which is ours
+    rates = [model.groups[0].rate.at(epoch, 200) for epoch in range(200)]
+    rates[0] = rates[1]  # apart from a warm-up, which is ours
     assert model.hparams["warmup_epochs"] <= 1
     assert [epoch for epoch, (one, other) in enumerate(pairwise(rates), 1) if one != other] == [60, 120, 160]
     assert [rates[epoch] for epoch in (1, 60, 120, 160)] == pytest.approx([0.1, 0.02, 0.004, 0.0008])
@@ -195,20 +161,17 @@ def test_published_setting(name):
     assert (data.crop_padding, data.flip) == (4, True)
 
 
-def test_twins_differ_only_where_they_say():
-    """cifar100 is cifar on other images; the full-precision one is cifar_binary with ordinary convolutions."""
+def test_twins_differ_in_the_stated_settings_only():
+    """cifar100 is cifar with other images; the full-precision twin is cifar_binary with ordinary convolutions."""
     cifar, cifar100 = read("cifar"), read("cifar100")
     for config in (cifar, cifar100):
-        del config["data"]["class_path"], config["trainer"]["logger"], config["trainer"]["callbacks"]
+        del config["data"]["class_path"], config["run_dir"]
     assert cifar == cifar100
-    binary, full = read("cifar_binary"), read("cifar_full_precision")
-    assert binary["data"] == full["data"]
-    ours, theirs = build("cifar_binary").hparams, build("cifar_full_precision").hparams
-    assert {key for key in ours if ours[key] != theirs[key]} <= {"full_precision", "projection_loss_weight", "eta2"}
+    assert read("cifar_binary")["data"] == read("cifar_full_precision")["data"]
+    assert {**build("cifar_binary").twin().hparams} == {**build("cifar_full_precision").hparams}
 
 
-def test_modulated_networks_differ_only_where_they_say():
-    """MCN-1 and U-MCN are MCN but for one key; the decay is that of the published runs."""
+def test_mcn_variants_differ_in_one_setting():
     of_mcn = read("mcn_cifar")
     for name, key, value in (("mcn1_cifar", "average", True), ("umcn_cifar", "binarize", False)):
         config = read(name)
@@ -216,19 +179,19 @@ def test_modulated_networks_differ_only_where_they_say():
         assert config["model"] == of_mcn["model"]
         assert config["data"] == of_mcn["data"]
     assert of_mcn["trainer"]["max_epochs"] == 200
-    assert of_mcn["model"]["init_args"]["stages"] == [16, 16, 32, 64]
+    assert of_mcn["model"]["init_args"]["widths"] == [16, 16, 32, 64]
 
 
 @pytest.mark.parametrize("name", ["digits", "mcn_digits"])
 def test_digits_runs(name):
     cli = main(["fit", f"--config={CONFIGS / name}.yaml", f"--config={CONFIGS / 'debug.yaml'}", *QUIET])
     assert cli.trainer.global_step == 1
-    assert cli.model.stage == EXPECTED[name][2]
+    assert cli.model.stage == build(name).stage
 
 
-@pytest.mark.parametrize("name", sorted(set(EXPECTED) - {"digits", "mcn_digits"}))
+@pytest.mark.parametrize("name", sorted(set(RUNS) - {"digits", "mcn_digits"}))
 def test_runs_on_a_folder(tmp_path, name):
-    """A step with small images and few channels, started as the comments in cifar.yaml tell."""
+    """One step with small images and few channels, started as described in cifar.yaml."""
     rng = np.random.default_rng(0)
     evaluation = "val" if name == "imagenet_resnet18" else "test"
     for split in ("train", evaluation):
@@ -240,13 +203,13 @@ def test_runs_on_a_folder(tmp_path, name):
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
     if name == "imagenet_resnet18":
         flags = ["--data.init_args.root=images", "--data.image_size=32", "--data.num_workers=0"]
-        flags += ["--model.stages=[2,2,2,4,4]", "--data.batch_size=4"]
+        flags += ["--model.widths=[2,2,2,4,4]", "--data.batch_size=4"]
     else:
-        flags = ["--data=ImageFolder", "--data.root=images", "--data.batch_size=4", "--model.stages=[2,2,4,4]"]
+        flags = ["--data=ImageFolder", "--data.root=images", "--data.batch_size=4", "--model.widths=[2,2,4,4]"]
     files = [f"--config={CONFIGS / name}.yaml", f"--config={CONFIGS / 'debug.yaml'}"]
-    flags.append("--model.compile=false")  # which takes a minute
+    flags.append("--model.compile=false")  # compilation takes a minute
     cli = main(["fit", *files, *flags, *QUIET, "--trainer.accelerator=cpu"])
     assert cli.trainer.global_step == 1
     assert cli.model.hparams["num_classes"] == 2
-    assert cli.model.stage == EXPECTED[name][2]
+    assert cli.model.stage == build(name).stage
     assert all(parameter.isfinite().all() for parameter in cli.model.parameters())

@@ -1,4 +1,4 @@
-"""The notebooks run, on fewer epochs than those that their outputs are of."""
+"""The notebooks run, with fewer epochs than their committed outputs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two gloo processes with half the batch each against one with the whole batch."""
+"""Two gloo processes with half the batch each, against one process with the whole batch."""
 
 import json
 import subprocess
@@ -9,26 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
+from tiny import frozen_norm, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn import functional as F
 
 from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
 
 
 class KeepWeights(Callback):
-    """Each process writes the weights it ended with."""
+    """Save the final weights of each process."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def on_train_end(self, trainer, pl_module):
         torch.save(pl_module.state_dict(), Path(self.folder, f"rank{trainer.global_rank}.pt"))
-
-
-def frozen_norm(layer, x):
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=False)
 
 
 def synchronised_norm(layer, x):

@@ -1,19 +1,22 @@
-"""A network, data and a run that take a second."""
+"""Networks, data and runs that take a second, and callbacks that several tests share."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch.nn import functional as F
 
 from pcnn_lightning import MCN, PCNN, Digits
 
+PROGRESSIVE = {"stage": "ternary", "schedule": "cosine", "projection_loss_weight": 1e-3, "center_loss_weight": 1e-3}
+
 
 def tiny_pcnn(**arguments: Any) -> PCNN:
-    defaults = {"in_channels": 1, "backbone": "wrn7", "stages": [2, 2, 2, 2], "projections": 2, "schedule": "constant"}
+    defaults = {"in_channels": 1, "backbone": "wrn7", "widths": [2, 2, 2, 2], "projections": 2, "schedule": "constant"}
     return PCNN(**{**defaults, "eta1": 0.05, "eta2": 0.01, **arguments})
 
 
 def tiny_mcn(**arguments: Any) -> MCN:
-    defaults = {"in_channels": 1, "backbone": "mcn8", "stages": [2, 2, 2, 2], "planes": 2, "schedule": "constant"}
+    defaults = {"in_channels": 1, "backbone": "mcn8", "widths": [2, 2, 2, 2], "planes": 2, "schedule": "constant"}
     return MCN(**{**defaults, "eta1": 0.05, "eta2": 0.01, **arguments})
 
 
@@ -33,8 +36,13 @@ def fit(model: PCNN | MCN, data: Digits | None = None, ckpt_path: str | None = N
     return runner
 
 
+def frozen_norm(layer, x):
+    """Batch norm by its running statistics, also in training."""
+    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=False)
+
+
 class Stop(Callback):
-    """Break a run off after so many updates."""
+    """Abort a run after so many updates."""
 
     def __init__(self, updates):
         self.updates = updates
@@ -45,7 +53,7 @@ class Stop(Callback):
 
 
 class Save(Callback):
-    """Leave a checkpoint at each point that one may be taken at."""
+    """Save a checkpoint after each batch, validation and epoch."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         trainer.save_checkpoint("batch.ckpt")
@@ -55,3 +63,10 @@ class Save(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         trainer.save_checkpoint("epoch.ckpt")
+
+
+class Decline(Callback):
+    """Log an accuracy that falls from epoch to epoch."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/declining", 1.0 - 0.1 * trainer.current_epoch)

@@ -1,4 +1,7 @@
-"""Backbones by name. A new one is one function in a file of its own and one line here."""
+"""Backbones, selected by name.
+
+To add a backbone, write a function in a module of its own and register it in :data:`BACKBONES`.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from pcnn_lightning.backbones.vgg import vgg_small
 from pcnn_lightning.backbones.wide_resnet import wide_resnet
 
 Backbone = Callable[..., Network]
-"""Takes ``(num_classes, in_channels, convolution, activation)``, ``stages``, ``planes`` and, some, ``dropout``."""
+"""Takes ``(num_classes, in_channels, convolution, activation)``, ``widths``, ``planes`` and, in some, ``dropout``."""
 
 BACKBONES: dict[str, Backbone] = {
     "wrn7": partial(wide_resnet, depth=7),
@@ -36,14 +39,25 @@ def build_backbone(
     convolution: Convolution,
     activation: Activation,
     *,
-    stages: list[int] | None = None,
+    widths: list[int] | None = None,
     planes: int = 1,
     dropout: float = 0.0,
 ) -> Network:
-    """Build a registered backbone; ``stages=None`` takes its own default.
+    """Build a backbone by name.
+
+    Args:
+        name: a key of :data:`BACKBONES`.
+        num_classes: number of classes.
+        in_channels: number of channels of the images.
+        convolution: factory of the 1-bit convolutions.
+        activation: factory of the modules that binarize their inputs.
+        widths: kernel widths, i.e. number of feature maps of the stem and of each stage; None takes the default of the
+            backbone.
+        planes: J or K, number of channels per feature map.
+        dropout: dropout rate, in [0, 1); must be 0 for backbones without dropout.
 
     Raises:
-        ValueError: if there is no backbone of that name, or it refuses an argument.
+        ValueError: if there is no backbone of that name, or an argument is invalid.
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, but got {name!r}")
@@ -52,11 +66,11 @@ def build_backbone(
             raise ValueError(f"{argument} must be at least 1, but got {value}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), but got {dropout}")
-    chosen: dict[str, Any] = {} if stages is None else {"stages": stages}
+    chosen: dict[str, Any] = {} if widths is None else {"widths": widths}
     if "dropout" in inspect.signature(BACKBONES[name]).parameters:
         chosen["dropout"] = dropout
     elif dropout > 0:
-        raise ValueError(f"dropout must be 0 for backbone {name}, which has none, but got {dropout}")
+        raise ValueError(f"dropout must be 0 for backbone {name}, which has no dropout, but got {dropout}")
     return BACKBONES[name](num_classes, in_channels, convolution, activation, planes=planes, **chosen)
 
 

@@ -1,4 +1,4 @@
-"""What the backbones are made of."""
+"""Building blocks of the backbones."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -6,25 +6,26 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 Convolution = Callable[..., nn.Module]
-"""Makes a layer from ``(in_channels, out_channels, kernel_size, stride, padding)``: a class such as
-``ProjectionConv2d`` with its own arguments bound, or an ordinary convolution without bias. A keyword ``planes`` asks
-for another number of channels per map than the network's."""
+"""Factory that builds a layer from ``(in_channels, out_channels, kernel_size, stride, padding)``: a class such as
+``ProjectionConv2d`` with its other arguments bound, or an ordinary convolution without bias. The keyword ``planes``
+overrides the network's number of channels per feature map."""
 
 Activation = Callable[[], nn.Module]
-"""Makes what binarises the input of such a layer: ``SignActivation``, or ``nn.Identity`` where it stays real."""
+"""Factory of the module that binarizes the input of such a layer: ``SignActivation``, or ``nn.Identity`` for
+real-valued activations."""
 
 
 class OneBitBlock(nn.Module):
     """BN → activation → convolution → (pool) → (add shortcut) → PReLU.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        convolution: makes the 3×3 convolution.
-        activation: makes what binarises its input.
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output.
+        convolution: factory of the 3×3 convolution.
+        activation: factory of the module that binarizes its input.
         stride: 1 or 2.
-        shortcut: what is added to the convolution's output; None adds nothing.
-        pool: what follows the convolution in a network that pools by maxima.
+        shortcut: module whose output is added to that of the convolution; None for no shortcut.
+        pool: pooling layer after the convolution, in networks that use max pooling; None for no pooling.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class OneBitBlock(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, planes: int) -> nn.Module:
-    """Identity where the shape stays; otherwise full-precision 1×1 convolution → BN → (2×2 average pool).
+    """Build a shortcut: the identity if the shape is unchanged, else full-precision 1×1 conv → BN → (2×2 average pool).
 
-    The 1×1 convolution has ``planes`` groups, which is what the published parameter counts of J = 4 networks imply
-    (in * out / J weights). The pool rounds up, as a 3×3 convolution of stride 2 does.
+    The 1×1 convolution has ``planes`` groups, as implied by the published parameter counts of the networks with J = 4
+    (in * out / J weights). The pool rounds odd sizes up, as does a 3×3 convolution with stride 2.
     """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
@@ -73,7 +74,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int, planes: int) -> n
 
 
 def full_precision_stem(in_channels: int, width: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution → BN → PReLU, never binarised, for images (B, in_channels, H, W)."""
+    """Build convolution → BN → PReLU in full precision, for images (B, in_channels, H, W)."""
     conv = nn.Conv2d(in_channels, width, kernel_size, stride, padding=kernel_size // 2, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(width), prelu=nn.PReLU(width)))
 
@@ -81,14 +82,14 @@ def full_precision_stem(in_channels: int, width: int, kernel_size: int = 3, stri
 def residual_stages(
     widths: Sequence[int], blocks: Sequence[int], convolution: Convolution, activation: Activation, planes: int
 ) -> OrderedDict[str, nn.Module]:
-    """Stages of residual blocks, each but the first halving the sides of its maps.
+    """Build stages of residual blocks, each of which, except the first, halves the height and width.
 
     Args:
-        widths: channels that enter the first stage, then those that leave each.
+        widths: number of input channels of the first stage, followed by the number of output channels of each stage.
         blocks: number of blocks of each stage.
-        convolution: makes a 3×3 convolution.
-        activation: makes what binarises its input.
-        planes: groups of the shortcuts' convolutions.
+        convolution: factory of the 3×3 convolutions.
+        activation: factory of the modules that binarize their inputs.
+        planes: number of groups of the convolutions in the shortcuts.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     channels = widths[0]
@@ -104,11 +105,11 @@ def residual_stages(
 
 
 class Network(nn.Module):
-    """A backbone and its classifier.
+    """A backbone followed by a linear classifier.
 
     Args:
-        features: turns images (B, in_channels, H, W) into features (B, feature_dim).
-        feature_dim: length of a feature vector.
+        features: layers that map images (B, in_channels, H, W) to features (B, feature_dim).
+        feature_dim: size of the feature vectors.
         num_classes: number of classes.
     """
 
@@ -118,24 +119,26 @@ class Network(nn.Module):
         self.classifier = nn.Linear(feature_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of ``images`` (B, in_channels, H, W)."""
+        """Compute the logits (B, num_classes) of ``images`` (B, in_channels, H, W)."""
         logits: Tensor = self.classifier(self.features(images))
         return logits
 
 
 def pooled(layers: OrderedDict[str, nn.Module], feature_dim: int, num_classes: int) -> Network:
-    """A network that averages its last maps over their area."""
+    """Build a network with global average pooling after ``layers``."""
     layers["pool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
     return Network(layers, feature_dim, num_classes)
 
 
-def check_stages(stages: Sequence[int], count: int, planes: int) -> list[int]:
-    """Channels of each kernel stage: its number of maps times ``planes``.
+def channel_counts(widths: Sequence[int], count: int, planes: int) -> list[int]:
+    """Return the number of channels for each of ``widths``, ``planes`` per feature map.
 
     Raises:
-        ValueError: if there are not ``count`` stages or one is not positive.
+        ValueError: if the number of widths is not ``count``, or one is not positive.
     """
-    if len(stages) != count or any(maps < 1 for maps in stages):
-        raise ValueError(f"stages must be {count} positive numbers of maps for this backbone, but got {list(stages)}")
-    return [maps * planes for maps in stages]
+    if len(widths) != count or any(maps < 1 for maps in widths):
+        raise ValueError(
+            f"widths must be {count} positive numbers of feature maps for this backbone, but got {list(widths)}"
+        )
+    return [maps * planes for maps in widths]

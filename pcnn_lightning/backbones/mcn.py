@@ -1,6 +1,6 @@
-"""The two networks of MCN: a wide ResNet with two convolutions a block, and four plain blocks.
+"""The two networks of MCN: a wide ResNet with two convolutions per block, and a plain network of four blocks.
 
-Both repeat each colour plane for every M-Filter, and all of their convolutions are 1-bit, the first one included.
+Both repeat each input channel K times, once per M-Filter. All of their convolutions are 1-bit, including the first.
 """
 
 from collections import OrderedDict
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pcnn_lightning.backbones.blocks import Activation, Convolution, Network, check_stages, pooled
+from pcnn_lightning.backbones.blocks import Activation, Convolution, Network, channel_counts, pooled
 
 
 def mcn_wide(
@@ -17,30 +17,32 @@ def mcn_wide(
     convolution: Convolution,
     activation: Activation,
     *,
-    stages: Sequence[int] = (16, 16, 32, 64),
+    widths: Sequence[int] = (16, 16, 32, 64),
     planes: int = 1,
     dropout: float = 0.0,
     depth: int = 20,
 ) -> Network:
-    """Convolution, three stages of (depth - 2) / 6 blocks, BN, ReLU, global average pool, linear classifier.
+    """Build a wide ResNet with two convolutions per block.
+
+    Convolution, three stages of (depth - 2) / 6 blocks, BN, ReLU, global average pooling and a linear classifier.
 
     Args:
         num_classes: number of classes.
-        in_channels: channels of the images, whose sides may have any length.
-        convolution: makes every convolution.
-        activation: makes what binarises their input, except that of the first.
-        stages: maps of the first convolution and of the three stages.
-        planes: K, channels per map.
-        dropout: rate of it between the two convolutions of a block.
-        depth: layers, counted with the first convolution and the classifier, without shortcuts.
+        in_channels: number of channels of the images, which may have any size.
+        convolution: factory of all convolutions.
+        activation: factory of the modules that binarize their inputs, except that of the first.
+        widths: number of feature maps of the first convolution and of each of the three stages.
+        planes: K, number of channels per feature map.
+        dropout: dropout rate between the two convolutions of a block.
+        depth: number of layers, including the first convolution and the classifier but not the shortcuts.
 
     Raises:
-        ValueError: names the argument that is wrong.
+        ValueError: if an argument is invalid; the message names it.
     """
     blocks, rest = divmod(depth - 2, 6)
     if blocks < 1 or rest:
         raise ValueError(f"depth must be 6n + 2 for a wide ResNet with two convolutions a block, but got {depth}")
-    widths = check_stages(stages, 4, planes)
+    widths = channel_counts(widths, 4, planes)
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         expand=RepeatChannels(planes), stem=convolution(in_channels * planes, widths[0], 3, 1, 1)
     )
@@ -62,27 +64,28 @@ def mcn_small(
     convolution: Convolution,
     activation: Activation,
     *,
-    stages: Sequence[int] = (20, 40, 80, 160),
+    widths: Sequence[int] = (20, 40, 80, 160),
     planes: int = 1,
     dropout: float = 0.0,
 ) -> Network:
-    """Four blocks of 3×3 convolution, BN, ReLU and max-pool, then linear to 1024, ReLU, dropout and classifier.
+    """Build a plain network of four blocks: 3×3 convolution, BN, ReLU and max pooling.
 
-    The pool of the last block takes its whole map, so that images of any size fit: 2×2 for 16×16 images.
+    They are followed by a linear layer with 1024 outputs, ReLU, dropout and a linear classifier. The last block pools
+    globally, over 2×2 pixels for 16×16 images, so that images may have any size.
 
     Args:
         num_classes: number of classes.
-        in_channels: channels of the images, whose sides may have any length.
-        convolution: makes every convolution.
-        activation: makes what binarises their input, except that of the first.
-        stages: maps of the four blocks.
-        planes: K, channels per map.
-        dropout: rate of it before the classifier.
+        in_channels: number of channels of the images, which may have any size.
+        convolution: factory of all convolutions.
+        activation: factory of the modules that binarize their inputs, except that of the first.
+        widths: number of feature maps of each of the four blocks.
+        planes: K, number of channels per feature map.
+        dropout: dropout rate before the classifier.
 
     Raises:
-        ValueError: names the argument that is wrong.
+        ValueError: if an argument is invalid; the message names it.
     """
-    widths = check_stages(stages, 4, planes)
+    widths = channel_counts(widths, 4, planes)
     layers: OrderedDict[str, nn.Module] = OrderedDict(expand=RepeatChannels(planes))
     channels = in_channels * planes
     for index, width in enumerate(widths):
@@ -98,7 +101,7 @@ def mcn_small(
 
 
 class RepeatChannels(nn.Module):
-    """Each channel ``planes`` times, side by side: (B, C, H, W) → (B, C * planes, H, W) as R, R, R, R, G, ..."""
+    """Repeat each channel ``planes`` times: (B, C, H, W) → (B, C * planes, H, W), in the order R, R, R, R, G, ..."""
 
     def __init__(self, planes: int) -> None:
         super().__init__()
@@ -112,23 +115,24 @@ class RepeatChannels(nn.Module):
 
 
 class WholeMaxPool(nn.Module):
-    """The largest value of each map, (B, C, H, W) → (B, C, 1, 1); torch's own has no deterministic gradient on GPUs."""
+    """Global max pooling, (B, C, H, W) → (B, C, 1, 1); ``nn.AdaptiveMaxPool2d`` is not deterministic on GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.amax(dim=(-2, -1), keepdim=True)
 
 
 class TwoConvBlock(nn.Module):
-    """BN → ReLU → convolution → BN → ReLU → dropout → convolution → add shortcut, the wide ResNet's basic block.
+    """The basic block of wide ResNets: BN → ReLU → convolution → BN → ReLU → dropout → convolution → add shortcut.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        convolution: makes both 3×3 convolutions and the shortcut's 1×1, which there is where the shape changes.
-        activation: makes what binarises their input, in place of ReLU.
-        stride: 1 or 2, of the first convolution.
-        planes: K, channels per map.
-        dropout: rate of it between the convolutions.
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output.
+        convolution: factory of both 3×3 convolutions and of the 1×1 convolution of the shortcut, which is present only
+            if the shape changes.
+        activation: factory of the modules that binarize their inputs, in place of ReLU.
+        stride: stride of the first convolution, 1 or 2.
+        planes: K, number of channels per feature map.
+        dropout: dropout rate between the convolutions.
     """
 
     def __init__(
@@ -159,9 +163,9 @@ class TwoConvBlock(nn.Module):
 
 
 class PlaneConv(nn.Module):
-    """A 1×1 convolution from map to map, the same on each plane.
+    """A 1×1 convolution between feature maps, with weights shared by all planes.
 
-    It has maps_in * maps_out weights, which is what the published parameter counts of all four sets of stages imply.
+    It has maps_in * maps_out weights, as implied by the published parameter counts for all four sets of widths.
     """
 
     def __init__(self, in_channels: int, out_channels: int, convolution: Convolution, stride: int, planes: int) -> None:
@@ -172,13 +176,13 @@ class PlaneConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x[..., :: self.stride, :: self.stride]
         batch, channels, height, width = x.shape
-        # Channel h * K + k is plane k of map h: the planes of a map lie one below another.
+        # Channel h * K + k is plane k of feature map h. Stack the planes of each map vertically.
         maps = x.reshape(batch, channels // self.planes, self.planes * height, width)
         y: Tensor = self.conv(maps)
         return y.reshape(batch, -1, height, width)
 
 
 def non_linear(activation: Activation) -> nn.Module:
-    """What binarises, or ReLU where activations stay real: nothing else in these blocks bends."""
+    """Return the binarizing activation, or ReLU if activations are real: these blocks have no other nonlinearity."""
     layer = activation()
     return nn.ReLU() if isinstance(layer, nn.Identity) else layer

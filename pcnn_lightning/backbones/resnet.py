@@ -1,4 +1,7 @@
-"""ResNet-18 and ResNet-34 with one 3×3 convolution per shortcut, as in Bi-Real Net."""
+"""ResNet-18 and ResNet-34 with a shortcut around every 3×3 convolution, as in Bi-Real Net.
+
+Liu et al., 2018, https://arxiv.org/abs/1808.00278.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,7 +13,7 @@ from pcnn_lightning.backbones.blocks import (
     Activation,
     Convolution,
     Network,
-    check_stages,
+    channel_counts,
     full_precision_stem,
     pooled,
     residual_stages,
@@ -25,29 +28,29 @@ def resnet(
     convolution: Convolution,
     activation: Activation,
     *,
-    stages: Sequence[int] = (64, 64, 128, 256, 512),
+    widths: Sequence[int] = (64, 64, 128, 256, 512),
     planes: int = 1,
     depth: int = 18,
     stem: Literal["imagenet", "cifar"] = "imagenet",
 ) -> Network:
-    """Stem, four stages of blocks, global average pool, linear classifier.
+    """Build a ResNet: stem, four stages of blocks, global average pooling and a linear classifier.
 
     Args:
         num_classes: number of classes.
-        in_channels: channels of the images, whose sides may have any length.
-        convolution: makes the 3×3 convolutions of the blocks; the stem is always full precision.
-        activation: makes what binarises their input.
-        stages: maps of the stem and of each stage.
-        planes: J, channels per map.
+        in_channels: number of channels of the images, which may have any size.
+        convolution: factory of the 3×3 convolutions of the blocks; the stem is always full-precision.
+        activation: factory of the modules that binarize their inputs.
+        widths: number of feature maps of the stem and of each stage.
+        planes: J, number of channels per feature map.
         depth: 18 or 34.
-        stem: 7×7 of stride 2 and a max-pool (``"imagenet"``), or 3×3 (``"cifar"``).
+        stem: 7×7 convolution with stride 2 and max pooling (``"imagenet"``), or 3×3 convolution (``"cifar"``).
 
     Raises:
-        ValueError: names the argument that is wrong.
+        ValueError: if an argument is invalid; the message names it.
     """
     if depth not in BLOCKS:
         raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))} for a ResNet, but got {depth}")
-    widths = check_stages(stages, 5, planes)
+    widths = channel_counts(widths, 5, planes)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "imagenet":
         layers["stem"] = full_precision_stem(in_channels, widths[0], kernel_size=7, stride=2)

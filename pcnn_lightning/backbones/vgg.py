@@ -1,4 +1,4 @@
-"""VGG-small, the network without shortcuts that the 1-bit literature compares on CIFAR."""
+"""VGG-small, the network without shortcuts that is the common CIFAR baseline in the 1-bit literature."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pcnn_lightning.backbones.blocks import (
     Convolution,
     Network,
     OneBitBlock,
-    check_stages,
+    channel_counts,
     full_precision_stem,
 )
 
@@ -21,25 +21,25 @@ def vgg_small(
     convolution: Convolution,
     activation: Activation,
     *,
-    stages: Sequence[int] = (128, 256, 512),
+    widths: Sequence[int] = (128, 256, 512),
     planes: int = 1,
 ) -> Network:
-    """Two convolutions and a max-pool per stage, then a linear classifier on maps of 4×4.
+    """Build VGG-small: two convolutions and max pooling per stage, then a linear classifier on 4×4 feature maps.
 
-    The very first convolution is full precision. Images of another size than 32×32 are pooled to 4×4 at the end.
+    The first convolution is full-precision. Feature maps of images that are not 32×32 are pooled to 4×4 at the end.
 
     Args:
         num_classes: number of classes.
-        in_channels: channels of the images, whose sides may have any length.
-        convolution: makes the 3×3 convolutions of the blocks.
-        activation: makes what binarises their input.
-        stages: maps of each stage.
-        planes: J, channels per map.
+        in_channels: number of channels of the images, which may have any size.
+        convolution: factory of the 3×3 convolutions of the blocks.
+        activation: factory of the modules that binarize their inputs.
+        widths: number of feature maps of each stage; the stem has as many as the first.
+        planes: J, number of channels per feature map.
 
     Raises:
-        ValueError: names the argument that is wrong.
+        ValueError: if an argument is invalid; the message names it.
     """
-    widths = check_stages(stages, 3, planes)
+    widths = channel_counts(widths, 3, planes)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=full_precision_stem(in_channels, widths[0]))
     channels = widths[0]
     for index, width in enumerate(widths):

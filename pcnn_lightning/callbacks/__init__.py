@@ -1,25 +1,12 @@
-"""Callbacks: when a run changes its stage, and what it records, draws and keeps."""
+"""Callbacks: stage switch, checkpoints, and recorders that log and plot a run."""
 
-from pcnn_lightning.callbacks.diversity import Diversity
-from pcnn_lightning.callbacks.filter_curves import FilterCurves
-from pcnn_lightning.callbacks.flip_ratio import FlipRatio
-from pcnn_lightning.callbacks.gradient_norms import GradientNorms
-from pcnn_lightning.callbacks.kernel_histograms import KernelHistograms
-from pcnn_lightning.callbacks.loss_curves import LossCurves
-from pcnn_lightning.callbacks.prediction_writer import PredictionWriter
-from pcnn_lightning.callbacks.progress import StageProgressBar
-from pcnn_lightning.callbacks.stage_checkpoint import StageCheckpoint
-from pcnn_lightning.callbacks.stage_switch import StageSwitch
-
-__all__ = [
-    "Diversity",
-    "FilterCurves",
-    "FlipRatio",
-    "GradientNorms",
-    "KernelHistograms",
-    "LossCurves",
-    "PredictionWriter",
-    "StageCheckpoint",
-    "StageProgressBar",
-    "StageSwitch",
-]
+from pcnn_lightning.callbacks.diversity import Diversity as Diversity
+from pcnn_lightning.callbacks.filter_curves import FilterCurves as FilterCurves
+from pcnn_lightning.callbacks.flip_ratio import FlipRatio as FlipRatio
+from pcnn_lightning.callbacks.gradient_norms import GradientNorms as GradientNorms
+from pcnn_lightning.callbacks.kernel_histograms import KernelHistograms as KernelHistograms
+from pcnn_lightning.callbacks.loss_curves import LossCurves as LossCurves
+from pcnn_lightning.callbacks.prediction_writer import PredictionWriter as PredictionWriter
+from pcnn_lightning.callbacks.progress import StageProgressBar as StageProgressBar
+from pcnn_lightning.callbacks.stage_checkpoint import StageCheckpoint as StageCheckpoint
+from pcnn_lightning.callbacks.stage_switch import StageSwitch as StageSwitch

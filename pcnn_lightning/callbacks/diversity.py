@@ -1,4 +1,4 @@
-"""How different the kernels are that one learned kernel becomes, and what each makes of an image."""
+"""Diversity of the kernels that are made from one latent kernel, and their feature maps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +13,21 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pcnn_lightning.callbacks.drawing import DrawingCallback, OneBitConv2d, choose_layer
+from pcnn_lightning.callbacks.drawing import DrawingCallback, choose_layer, stage_of
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import sign
+from pcnn_lightning.layers import QuantizedConv2d
 
 
 @dataclass
 class View:
-    """What a layer shows of one image at the end of an epoch.
+    """What a layer computes for one image at the end of an epoch.
 
     Attributes:
-        stage: the stage of that epoch.
-        epoch: its index; -1 before training.
+        stage: the stage in that epoch.
+        epoch: index of the epoch; -1 before training.
         kernels: (n, kh, kw), the first input channel of the first n kernels.
-        maps: (n, H, W), what these kernels make of the image.
+        maps: (n, H, W), the feature maps of these kernels.
     """
 
     stage: str
@@ -36,28 +37,30 @@ class View:
 
 
 class Diversity(DrawingCallback):
-    """Draw kernels made of one learned kernel, the feature maps they make, and the maps' signs (figure 3.17).
+    """Draw the kernels made from one latent kernel, their feature maps and the signs of the maps (figure 3.17).
 
-    At the end of each stage, of training, or when it is broken off, ``diversity_<stage>.png`` goes to the folder of
-    the run's logs, and the image ``diversity`` to TensorBoard; it shows the end of the last whole epoch. If ``layer``
-    is given, its name follows ``diversity``. Kernels are D (or Q) ``[0]`` to ``[channels - 1]``, which one kernel C
-    becomes through J projections (or K M-Filters); of each, the first input channel is drawn.
+    At the end of each stage and of training, or if training is interrupted, the figure is written to
+    ``diversity_<stage>.png`` in the log folder and to TensorBoard as the image ``diversity``. It shows the end of the
+    last complete epoch. If ``layer`` is given, its name is appended to ``diversity``. The kernels drawn are the planes
+    of the first latent kernel (for example, D_j of PCNN or Q_k of MCN) or, if the layer has one plane, its first
+    kernels; only the first input channel of each is drawn.
 
-    Every epoch ``diversity/<layer>`` is logged, :func:`kernel_diversity` of all kernels of the layer, if J > 1.
+    If the layer has several planes, :func:`kernel_diversity` of all its kernels is logged every epoch as
+    ``diversity/<layer>``.
 
-    The image is seen as in evaluation: of a data set that has a method ``unaugmented``, as this package's have, what
-    that returns is taken; images of others are taken as they come. Only the first process draws, and its network,
-    buffers, random state and pending losses stay as they were. The cost is a forward pass of one image per epoch. A
-    network without 1-bit layers leaves nothing.
+    The image is seen as in evaluation: if the dataset has a method ``unaugmented``, as those of this package do, the
+    image is taken from the dataset that it returns, otherwise from the dataset itself. Only the first process draws.
+    The network, its buffers, the random state and pending losses are left unchanged. The cost is a forward pass of one
+    image per epoch. A network without 1-bit layers produces no output.
 
     Args:
-        layer: name of the layer, without ``net.`` or ``net.features.``; None takes the first 1-bit layer.
-        image: index of the image among those for validation, or for training where there are none.
-        channels: how many of the J (or K) channels to draw at most.
+        layer: path of the layer in ``model.net``, such as ``features.stage1.0.conv``; None takes the first 1-bit layer.
+        image: index of the image in the validation set, or in the training set if there is none.
+        channels: maximum number of channels to draw.
 
     Raises:
         ValueError: if ``image`` or ``channels`` is too small.
-        InputError: when training starts, if there is no such layer or no such image.
+        InputError: when training starts, if there is no such layer or image.
     """
 
     def __init__(self, layer: str | None = None, image: int = 0, channels: int = 4) -> None:
@@ -67,7 +70,7 @@ class Diversity(DrawingCallback):
                 raise ValueError(f"{name} must be at least {minimum}, but got {value}")
         self.layer, self.image, self.channels = layer, image, channels
         self.view: View | None = None
-        self._chosen: tuple[str, OneBitConv2d] | None = None
+        self._chosen: tuple[str, QuantizedConv2d] | None = None
         self._image = torch.empty(0)  # (1, C, H, W), on the device
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,33 +78,30 @@ class Diversity(DrawingCallback):
         self.view, self._chosen = None, choose_layer(pl_module, self.layer)
         if self._chosen is not None:
             self._image = evaluation_image(trainer, self.image)
-            self._look(trainer.current_epoch - 1, pl_module)  # a resumed run may begin with the end of a stage
+            self._look(trainer.current_epoch - 1, pl_module)  # a resumed run may start at the end of a stage
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         diversity = self._look(trainer.current_epoch, pl_module)
         if diversity is not None and self._chosen is not None:
-            # Being of one process only it is not reduced; without sync_dist Lightning would advise to.
+            # Only one process logs this, so nothing is reduced; without sync_dist Lightning would warn.
             pl_module.log(f"diversity/{self._chosen[0]}", diversity, rank_zero_only=True, sync_dist=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def draw(self, trainer: Trainer) -> None:
         self._draw()
 
     @torch.no_grad()
     def _look(self, epoch: int, pl_module: LightningModule) -> Tensor | None:
-        """Take a view; draw the one before if it was the last of its stage. Returns the diversity, if J > 1."""
+        """Update the view; draw the old one if it ended its stage. Returns the diversity for several planes."""
         if self._chosen is None or self.folder is None:
             return None
-        stage = str(getattr(pl_module, "stage", "binary"))
+        stage = stage_of(pl_module)
         if self.view is not None and self.view.stage != stage:
             self._draw()
         layer, seen = self._chosen[1], []
         with evaluating(pl_module), layer.register_forward_hook(lambda _layer, _input, output: seen.append(output)):
             pl_module(self._image.to(pl_module.dtype))
-        kernels, planes = layer.quantized_weight(), layer.out_channels // len(layer.weight)
-        shown = min(self.channels, planes)
+        kernels, planes = layer.quantized_weight(), layer.planes
+        shown = self.channels if planes == 1 else min(self.channels, planes)
         self.view = View(stage, epoch, kernels[:shown, 0].clone(), seen[0][0, :shown].clone())
         return kernel_diversity(kernels, planes) if planes > 1 else None
 
@@ -111,22 +111,22 @@ class Diversity(DrawingCallback):
         view, name = self.view, "diversity" if self.layer is None else f"diversity_{self._chosen[0]}"
         when = "before training" if view.epoch < 0 else f"{view.stage} stage, after epoch {view.epoch}"
         figure = draw_diversity(self._image[0], view.kernels, view.maps, f"{self._chosen[0]}, {when}")
-        # TensorBoard shows the stages as one image that changes; files are kept apart.
+        # In TensorBoard, all stages share one image tag; each stage has its own file.
         self.show(name, figure, view.epoch, file=f"{name}_{view.stage}")
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, uncompiled, for as long as it lasts.
+    """Put ``module`` into evaluation mode and disable compiled code within the context.
 
-    Neither ``eval()`` nor ``train()`` is called: they would make 1-bit layers forget a loss that is still to be asked
-    for, and would put parts into training mode that are kept out of it.
+    Neither ``eval()`` nor ``train()`` is called: they would make 1-bit layers drop a loss that has yet to be read, and
+    would put submodules that are kept in evaluation mode into training mode.
     """
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
     try:
-        # Compiled code may leave out hooks, and would be compiled anew for a batch of one.
+        # Compiled code may skip hooks, and would be recompiled for a batch of one.
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -135,14 +135,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def evaluation_image(trainer: Trainer, index: int) -> Tensor:
-    """Image ``index`` of those for validation, or for training where there are none, as a batch on the device.
+    """Image ``index`` of the validation set, or of the training set if there is none, as a batch on the device.
 
     Raises:
-        InputError: if there are not so many images.
+        InputError: if ``index`` is not less than the number of images.
     """
     loaders: Any = trainer.val_dataloaders
     if not loaders and trainer.enable_validation and trainer.datamodule is not None:  # type: ignore[attr-defined]
-        loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]  # not asked for by Lightning yet
+        loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]  # not requested by Lightning yet
     loader: Any = loaders or trainer.train_dataloader
     while isinstance(loader, (list, tuple)):
         loader = loader[0]
@@ -159,15 +159,15 @@ def evaluation_image(trainer: Trainer, index: int) -> Tensor:
 
 
 def kernel_diversity(kernels: Tensor, planes: int) -> Tensor:
-    r"""How different the kernels are that one learned kernel becomes, from 0 (equal up to a factor) to 1 (orthogonal).
+    r"""Diversity of the kernels made from one latent kernel, from 0 (equal up to a factor) to 1 (orthogonal).
 
-    It is the mean of :math:`1 - |\cos(D_{oj}, D_{oj'})|` over all o and all pairs j < j'. A sign does not count,
-    because a kernel and its negative see the same. For binary kernels of which a share s of the signs differ it is
-    :math:`1 - |1 - 2s|`.
+    This is the mean of :math:`1 - |\cos(D_{oj}, D_{oj'})|` over all o and all pairs j < j'. The sign of the cosine is
+    ignored because a kernel and its negative detect the same pattern. For binary kernels that differ in a fraction s of
+    their signs, it is :math:`1 - |1 - 2s|`.
 
     Args:
-        kernels: D or Q, (O * J, in, kh, kw), of which those of one o lie side by side.
-        planes: J or K, at least 2.
+        kernels: (O * planes, in, kh, kw), the planes of each latent kernel adjacent, such as D of PCNN or Q of MCN.
+        planes: number of kernels per latent kernel, at least 2.
 
     Returns:
         A scalar.
@@ -178,13 +178,13 @@ def kernel_diversity(kernels: Tensor, planes: int) -> Tensor:
 
 
 def draw_diversity(image: Tensor, kernels: Tensor, maps: Tensor, title: str) -> Figure:
-    """An image, and a column for each kernel with its feature map and the map's sign.
+    """Draw an image and, for each kernel, a column with the kernel, its feature map and the sign of the map.
 
     Args:
-        image: (C, H, W), drawn from its darkest to its brightest value.
+        image: (C, H, W), normalized to its minimum and maximum.
         kernels: (n, kh, kw).
         maps: (n, H', W').
-        title: of the figure.
+        title: title of the figure.
     """
     count = len(kernels)
     figure = Figure(figsize=(3.2 + 1.3 * count, 4.8), dpi=120, layout="constrained")

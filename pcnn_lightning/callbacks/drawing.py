@@ -1,8 +1,7 @@
-"""What callbacks that draw have in common."""
+"""Base class and helpers of callbacks that draw figures."""
 
 import csv
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,23 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, QuantizedConv2d
-
-OneBitConv2d = ProjectionConv2d | ModulatedConv2d
+from pcnn_lightning.layers import QuantizedConv2d, one_bit_layers
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
-"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
+"""Colors of Okabe and Ito, which color-blind readers can tell apart."""
 
 
 class DrawingCallback(Callback):
-    """Shows figures in TensorBoard and writes them as PNG files into the folder of the run's logs.
+    """Shows figures in TensorBoard and writes them as PNG files to the log folder.
 
-    Only the first process draws and writes; ``folder`` and ``writers`` are empty on the others.
+    Only the first process draws and writes; on the others, ``folder`` is None and ``writers`` is empty.
+
+    Attributes:
+        recorded: names of the attributes that checkpoints hold, so that a resumed run continues its records.
     """
+
+    recorded: tuple[str, ...] = ()
+    layer: str | None = None  # of callbacks that look at one layer
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,24 +38,44 @@ class DrawingCallback(Callback):
         self.writers: list[SummaryWriter] = []
         self.begin_anew()
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(layer=self.layer)  # a run may have one callback for each of several layers
+
     def begin_anew(self) -> None:
-        """Forget what an earlier run has recorded. Overridden by callbacks that record over epochs."""
+        """Discard the records of an earlier run. Overridden by callbacks that record over epochs."""
+
+    def draw(self, trainer: Trainer) -> None:
+        """Write figures and tables, at the end of training or when it is interrupted."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.folder, self.writers = None, []
-            if trainer.global_step == 0:  # else this trainer goes on; what a checkpoint knows is restored after this
+            if trainer.global_step == 0:  # otherwise this trainer continues; a checkpoint is restored after setup
                 self.begin_anew()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Asked for here, by all processes, because it is broadcast: at an exception they are no longer in step.
+        # log_dir is broadcast, so all processes read it here: after an exception they are out of step.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.folder = folder
             self.writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.draw(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.recorded}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in self.recorded:
+            setattr(self, name, state_dict[name])
+
     def show(self, name: str, figure: Figure, epoch: int, file: str | None = None) -> None:
-        """Write ``figure`` to ``file``.png, or ``name``.png, and to TensorBoard under "Images"."""
+        """Write ``figure`` to ``<file>.png`` (default: ``<name>.png``) and to TensorBoard under "Images"."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +84,7 @@ class DrawingCallback(Callback):
             writer.add_figure(name, figure, epoch)
 
     def write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Write ``rows`` to ``name``.csv; what a row lacks stays empty."""
+        """Write ``rows`` to ``<name>.csv``; missing values are left empty."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,37 +94,38 @@ class DrawingCallback(Callback):
             writer.writerows(rows)
 
 
-def short_name(name: str) -> str:
-    """The name of a layer without a leading ``net.features.`` or ``net.``."""
-    return re.sub(r"^net\.(features\.)?", "", name)
-
-
-def one_bit_layers(module: nn.Module) -> dict[str, QuantizedConv2d]:
-    """The 1-bit layers, from input to output, by their short names."""
-    return {short_name(name): layer for name, layer in module.named_modules() if isinstance(layer, QuantizedConv2d)}
-
-
-def choose_layer(module: nn.Module, name: str | None) -> tuple[str, OneBitConv2d] | None:
-    """A 1-bit layer and its name, without ``net.features.`` or ``net.``; None if ``module`` has no such layers.
+def choose_layer(module: nn.Module, name: str | None) -> tuple[str, QuantizedConv2d] | None:
+    """Choose a 1-bit layer and return its name and the layer; None if ``module`` has no 1-bit layers.
 
     Args:
-        module: where to look.
-        name: of the layer, with or without that beginning; None takes the first.
+        module: the LightningModule.
+        name: path of the layer in ``model.net``, such as ``features.stage1.0.conv``; None takes the first layer.
 
     Raises:
         InputError: if there are 1-bit layers, but none of that name.
     """
-    layers = {key: layer for key, layer in one_bit_layers(module).items() if isinstance(layer, OneBitConv2d)}
+    layers = layers_of(module)
     if not layers:
         return None
-    chosen = next(iter(layers)) if name is None else short_name(name)
+    chosen = next(iter(layers)) if name is None else name
     if chosen not in layers:
         raise InputError(f"there is no 1-bit layer {name}; there are {', '.join(layers)}")
     return chosen, layers[chosen]
 
 
+def layers_of(module: nn.Module) -> Mapping[str, QuantizedConv2d]:
+    """The 1-bit layers by name, from input to output; also if ``module`` is not a ``StagedModule``."""
+    layers: Mapping[str, QuantizedConv2d] | None = getattr(module, "one_bit_layers", None)
+    return one_bit_layers(module) if layers is None else layers
+
+
+def stage_of(module: nn.Module) -> str:
+    """The stage of a module; empty if it has none."""
+    return str(getattr(module, "stage", ""))
+
+
 def mark_stages(axes: Axes, epochs: list[dict[str, Any]]) -> None:
-    """Draw a line where the stage changes, with the names of both stages beside it."""
+    """Mark each change of stage by a vertical line, labeled with both stages."""
     for before, after in pairwise(epochs):
         if before["stage"] != after["stage"]:
             axes.axvline(after["epoch"] - 0.5, color="0.4", linewidth=1, linestyle=":")

@@ -1,4 +1,4 @@
-"""What the second set of parameters, M-Filters or projection matrices, does in the course of a run."""
+"""Filters of a 1-bit layer, such as projections or M-Filters, over the course of training."""
 
 from itertools import product
 from typing import Any
@@ -15,30 +15,30 @@ from pcnn_lightning.callbacks.drawing import (
     ORANGE,
     PINK,
     DrawingCallback,
-    OneBitConv2d,
     choose_layer,
 )
-from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d
+from pcnn_lightning.layers import QuantizedConv2d
 
 MOST_POINTS, MOST_PANELS = 500, 8
-COLOURS, DASHES = (BLUE, ORANGE, GREEN, PINK, GREY), ("-", "--", "-.")  # of rows and columns
+COLOURS, DASHES = (BLUE, ORANGE, GREEN, PINK, GREY), ("-", "--", "-.")  # by row and by column
 
 
 class FilterCurves(DrawingCallback):
-    """Record each element of one layer's M-Filters, or projection matrices, against training steps (figure 3.11).
+    """Record each element of the filters of one layer against training steps (figure 3.11).
 
-    M is recorded as it acts, |M| or, in MCN-1, the mean of |M|, so that a plane has one element; W as it is learned.
-    Whenever an epoch ends, TensorBoard gets mean and standard deviation of each plane's elements, as
-    ``filters/<layer>/plane0/mean`` and ``…/std``. At the end of training, or when it is broken off, ``filters.csv``
-    (step, plane, row, column, value) and ``filters.png`` go to the folder of the run's logs; if ``layer`` is given,
-    its name follows ``filters``. A resumed run continues its curves.
+    The layer defines its filters (``QuantizedConv2d.filters``): PCNN has W; MCN has |M| or, in MCN-1, the mean of |M|,
+    so that a plane has one element; the default is the first input channel of up to eight kernels. At the end of each
+    epoch, the mean and standard deviation of each plane are logged to TensorBoard as ``filters/<layer>/plane0/mean``
+    and ``.../std``. At the end of training, or if it is interrupted, ``filters.csv`` (step, plane, row, column, value)
+    and ``filters.png`` are written to the log folder; if ``layer`` is given, its name is appended to ``filters``. A
+    resumed run continues its curves.
 
-    Step 0 and the last step are recorded, and those between at even distances, which double whenever there would be
-    more than 500. Only the first process records, and it waits for the device once an epoch. A network without 1-bit
-    layers leaves nothing.
+    Step 0, the last step and steps at a regular interval are recorded; the interval doubles whenever there would be
+    more than 500 records. Only the first process records, and it synchronizes with the device once per epoch. A network
+    without 1-bit layers produces no output.
 
     Args:
-        layer: name of the layer, without ``net.`` or ``net.features.``; None takes the first 1-bit layer.
+        layer: path of the layer in ``model.net``, such as ``features.stage1.0.conv``; None takes the first 1-bit layer.
         every_n_steps: optimizer steps between two records; None takes the trainer's ``log_every_n_steps``.
 
     Raises:
@@ -46,22 +46,20 @@ class FilterCurves(DrawingCallback):
         InputError: when training starts, if there is no 1-bit layer of that name.
     """
 
+    recorded = ("steps", "values")
+
     def __init__(self, layer: str | None = None, every_n_steps: int | None = None) -> None:
         super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1 or null, but got {every_n_steps}")
         self.layer, self.every_n_steps = layer, every_n_steps
-        self._chosen: tuple[str, OneBitConv2d] | None = None
+        self._chosen: tuple[str, QuantizedConv2d] | None = None
         self._every = 1
 
     def begin_anew(self) -> None:
         self.steps: list[int] = []
         self.values = torch.empty(0)  # (len(steps), planes, kh, kw), on the CPU
         self._waiting: list[tuple[int, Tensor]] = []  # on the device
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(layer=self.layer)  # several layers may be recorded, each by its callback
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -80,20 +78,14 @@ class FilterCurves(DrawingCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer)
-        self._write(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write(trainer)
+        super().on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         self._collect()
-        return {"steps": self.steps, "values": self.values}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self.values = state_dict["steps"], state_dict["values"]
+        return super().state_dict()
 
     def _distance(self, step: int) -> int:
-        """Steps between two records in a run of ``step`` steps."""
+        """Number of steps between two records in a run of ``step`` steps."""
         distance = self._every
         while step > distance * MOST_POINTS:
             distance *= 2
@@ -103,13 +95,13 @@ class FilterCurves(DrawingCallback):
         if self._chosen is None or self.folder is None:
             return
         last = self._waiting[-1][0] if self._waiting else self.steps[-1] if self.steps else -1
-        if trainer.global_step > last:  # several batches may make one step
-            self._waiting.append((trainer.global_step, acting_filters(self._chosen[1])))
-        if len(self._waiting) > MOST_POINTS:  # an epoch may have no end
+        if trainer.global_step > last:  # an optimizer step may take several batches
+            self._waiting.append((trainer.global_step, self._chosen[1].filters()))
+        if len(self._waiting) > MOST_POINTS:  # an epoch may be infinite
             self._collect()
 
     def _collect(self) -> None:
-        """Take over what waits on the device."""
+        """Move waiting records from the device to the CPU and log their statistics."""
         if not self._waiting or self._chosen is None:
             return
         steps = [step for step, _ in self._waiting]
@@ -126,14 +118,13 @@ class FilterCurves(DrawingCallback):
         kept = [index for index, step in enumerate(self.steps) if step % distance == 0 or step == steps[-1]]
         self.steps, self.values = [self.steps[index] for index in kept], self.values[kept]
 
-    def _write(self, trainer: Trainer) -> None:
+    def draw(self, trainer: Trainer) -> None:
         self._collect()
         if not self.steps or self.folder is None or self._chosen is None:
             return
         name, layer = self._chosen
         file_name = "filters" if self.layer is None else f"filters_{name}"
-        symbol = "|M|" if isinstance(layer, ModulatedConv2d) else "W"
-        self.show(file_name, draw_filters(self.steps, self.values, symbol, name), trainer.current_epoch)
+        self.show(file_name, draw_filters(self.steps, self.values, layer.filter_symbol, name), trainer.current_epoch)
         places = [tuple(place) for place in torch.ones_like(self.values[0]).nonzero().tolist()]
         rows = [
             dict(zip(("step", "plane", "row", "column", "value"), (step, *place, value), strict=True))
@@ -143,22 +134,14 @@ class FilterCurves(DrawingCallback):
         self.write(file_name, rows)
 
 
-def acting_filters(layer: OneBitConv2d) -> Tensor:
-    """A copy of W (J, kh, kw), or of |M| (K, kh, kw), averaged to (K, 1, 1) where it acts by its mean (MCN-1)."""
-    if isinstance(layer, ProjectionConv2d):
-        return layer.projection.detach().clone()
-    filters = layer.modulation.detach().abs()
-    return filters.mean(dim=(-2, -1), keepdim=True) if layer.average else filters
-
-
 def draw_filters(steps: list[int], values: Tensor, symbol: str, layer: str) -> Figure:
-    """Elements of filters against steps, one panel a plane, with the mean of each plane dotted.
+    """Plot the elements of filters against steps, one panel per plane, with the mean of each plane dotted.
 
     Args:
         steps: (T,) optimizer steps.
-        values: (T, planes, kh, kw); of more than eight planes the first eight are drawn.
-        symbol: what the filters are called: ``|M|`` or ``W``.
-        layer: name of their layer.
+        values: (T, planes, kh, kw); at most the first eight planes are drawn.
+        symbol: symbol of the filters, such as ``W`` or ``|M|``.
+        layer: name of the layer.
     """
     count, (rows, columns) = min(values.shape[1], MOST_PANELS), values.shape[2:]
     height = -(-count // 2)

@@ -1,4 +1,4 @@
-"""How large the two gradients are, and at which rates they are followed."""
+"""Gradient norms and learning rates of individual updates."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,14 +8,15 @@ from pcnn_lightning.stages import STAGES
 
 
 class GradientNorms(Callback):
-    """Log the norm of an update's gradient, its learning rates and its stage.
+    """Log the gradient norms, learning rates and stage of an update.
 
-    ``gradient_norm/kernels`` and ``gradient_norm/projections`` (``modulations`` of an MCN) are Euclidean norms over
-    all parameters that learn with η₁ or η₂, accumulated, averaged over processes and unscaled, before clipping. With
-    η > 0 over several micro-batches or processes, the term quadratic in η is not yet in them. ``lr/kernels_step``,
-    ``lr/projections_step`` and ``stage_step`` stand beside them, where ``lr/kernels`` is of an epoch's end.
+    ``gradient_norm/<group>`` is the Euclidean norm over a group of parameters: ``kernels``, learned at η₁, or the
+    second parameters, learned at η₂ (such as ``projections`` of PCNN or ``modulations`` of MCN). Gradients are
+    accumulated, averaged over processes and unscaled, but not yet clipped. In PCNN with η > 0 over several
+    micro-batches or processes, they do not yet include the term quadratic in η. ``lr/<group>_step`` and ``stage_step``
+    belong to the same update, whereas ``lr/<group>`` is logged at the end of an epoch.
 
-    Only each ``trainer.log_every_n_steps``-th update is measured: reading a value waits for the device.
+    Only every ``trainer.log_every_n_steps``-th update is measured, since reading a value synchronizes with the device.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -25,17 +26,16 @@ class GradientNorms(Callback):
         groups = {}
         for index, group in enumerate(optimizer.param_groups):
             name = group.get("name", str(index))
-            name = getattr(pl_module, "second_rate", name) if name == "projections" else name
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            if gradients:  # a full-precision network has no projections
+            if gradients:  # a group may be frozen
                 groups[name] = (torch.nn.utils.get_total_norm(gradients), group["lr"])
         if not groups:
             return
-        norms = torch.stack([norm for norm, _ in groups.values()]).tolist()  # waits for the device once
+        norms = torch.stack([norm for norm, _ in groups.values()]).tolist()  # synchronizes with the device once
         values = {f"gradient_norm/{name}": norm for name, norm in zip(groups, norms, strict=True)}
         values |= {f"lr/{name}_step": float(rate) for name, (_, rate) in groups.items()}
         if (stage := getattr(pl_module, "stage", None)) in STAGES:
             values["stage_step"] = float(STAGES[stage])
         for logger in trainer.loggers:
-            # Not pl_module.log, which writes at a batch of its own choice, and not at one that ends an update.
+            # Not pl_module.log, which chooses the batches it logs at, not those that end an update.
             logger.log_metrics(values, step=trainer.fit_loop.total_batch_idx)

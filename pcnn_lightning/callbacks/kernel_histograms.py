@@ -1,6 +1,7 @@
-"""How the learned kernels C are distributed, epoch by epoch (figures 3.14 and 3.15)."""
+"""Distribution of the latent weights C, epoch by epoch (figures 3.14 and 3.15)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,32 +9,36 @@ from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, one_bit_layers
+from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, layers_of, stage_of
 from pcnn_lightning.layers import QuantizedConv2d
 
 STATISTICS = ("mean", "mean_abs", "std_abs", "bimodality")
 
 
 class KernelHistograms(DrawingCallback):
-    """Record the distribution of the learned kernels C of each 1-bit layer.
+    """Record the distribution of the latent weights C of each 1-bit layer.
 
-    The projection loss draws C of a binary layer towards ±mean|C|: the histogram splits into two lobes, and the spread
-    of |C| shrinks. That of a ternary layer has a lobe at zero as well.
+    A quantization loss, such as the projection loss of PCNN, pulls C of a binary layer towards ±mean|C|: the histogram
+    splits into two lobes, and the spread of |C| shrinks. In a ternary layer there is a lobe at zero as well.
 
-    TensorBoard gets a histogram ``kernels/<layer>`` over epochs, and four scalars a layer: ``mean``, ``mean_abs``,
-    ``std_abs`` (the spread of |C|) and ``bimodality``, which is Sarle's coefficient (skewness² + 1) / kurtosis of C: 1
-    for two points, 5/9 for a uniform distribution, 1/3 for a Gaussian one. ``kernels.csv`` holds the same scalars.
+    TensorBoard shows a histogram ``kernels/<layer>`` over epochs and four scalars per layer: ``mean``, ``mean_abs``,
+    ``std_abs`` (the standard deviation of |C|) and ``bimodality``, which is Sarle's coefficient (skewness² + 1) /
+    kurtosis of C: 1 for two points, 5/9 for a uniform and 1/3 for a Gaussian distribution. ``kernels.csv`` holds the
+    same scalars.
 
-    Two figures show the first 1-bit layer, at the end of each stage and of the run: ``kernels_last``, its last
-    histogram, and ``kernels_over_epochs``, up to six of them. A resumed run goes on with what it had recorded.
+    Two figures show the first 1-bit layer at the end of each stage and of the run: ``kernels_last``, the latest
+    histogram, and ``kernels_over_epochs``, up to six histograms. A resumed run continues its records.
 
     Args:
-        every_n_epochs: record epochs 0, n, 2n, ..., and the last of the run and of a stage that is planned to end.
-        bins: of a histogram, which reaches from -max|C| to max|C|.
+        every_n_epochs: record epochs 0, n, 2n, ..., the last epoch of the run, and that of a stage whose end is
+            planned.
+        bins: number of bins of a histogram, which spans -max|C| to max|C|.
 
     Raises:
-        ValueError: if there is no such number of epochs or bins.
+        ValueError: if ``every_n_epochs`` or ``bins`` is too small.
     """
+
+    recorded = ("rows", "histograms")
 
     def __init__(self, every_n_epochs: int = 1, bins: int = 64) -> None:
         super().__init__()
@@ -45,42 +50,30 @@ class KernelHistograms(DrawingCallback):
 
     def begin_anew(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        """An epoch and layer each: ``epoch``, ``stage``, ``layer`` and ``STATISTICS``."""
+        """One row per epoch and layer: ``epoch``, ``stage``, ``layer`` and ``STATISTICS``."""
         self.histograms: list[dict[str, Any]] = []
-        """Of the first layer: what its row says, with ``limit`` (max|C|) and ``counts``."""
+        """The rows of the first layer, with ``limit`` (max|C|) and ``counts``."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.folder is None:
             return
-        stage = str(getattr(pl_module, "stage", ""))
+        stage = stage_of(pl_module)
         if self.rows and self.rows[-1]["stage"] != stage:
-            self._show()  # how the stage before has ended
-        layers = one_bit_layers(pl_module)
+            self.draw(trainer)  # the end of the previous stage
+        layers = layers_of(pl_module)
         if layers and self._is_due(trainer, pl_module):
             self._record(trainer, stage, layers)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._show()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "histograms": self.histograms}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self.histograms = state_dict["rows"], state_dict["histograms"]
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         planned = (trainer.max_epochs, getattr(pl_module, "stage_end", None))
         is_last = trainer.should_stop or trainer.global_step == trainer.max_steps
         return is_last or trainer.current_epoch + 1 in planned or trainer.current_epoch % self.every_n_epochs == 0
 
-    def _record(self, trainer: Trainer, stage: str, layers: dict[str, QuantizedConv2d]) -> None:
+    def _record(self, trainer: Trainer, stage: str, layers: Mapping[str, QuantizedConv2d]) -> None:
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         measured = torch.stack([statistics(weight) for weight in weights.values()]).tolist()
         if not all(0 < limit < math.inf for *_, limit in measured):
-            return  # all zero, or diverged, which is for the module to report
+            return  # all zero, or diverged, which the module reports
         place = {"epoch": trainer.current_epoch, "stage": stage}
         scalars: dict[str, float] = {}
         for index, ((name, weight), (*values, limit)) in enumerate(zip(weights.items(), measured, strict=True)):
@@ -102,10 +95,10 @@ class KernelHistograms(DrawingCallback):
                     bucket_counts=[0, *counts],  # the first bucket ends where the first bin begins
                     global_step=trainer.current_epoch,
                 )
-        for logger in trainer.loggers:  # pl_module.log would have every process take part
+        for logger in trainer.loggers:  # pl_module.log must be called by every process
             logger.log_metrics(scalars, step=trainer.fit_loop.total_batch_idx)
 
-    def _show(self) -> None:
+    def draw(self, trainer: Trainer) -> None:
         if self.folder is None or not self.rows:
             return
         epoch = self.rows[-1]["epoch"]
@@ -115,7 +108,7 @@ class KernelHistograms(DrawingCallback):
 
 
 def statistics(weight: Tensor) -> Tensor:
-    """``STATISTICS`` of ``weight`` and its max|C|: (5,), on its device."""
+    """Compute ``STATISTICS`` and max|C| of ``weight``: (5,), on its device."""
     mean, magnitude = weight.mean(), weight.abs()
     standardised = (weight - mean) / weight.std(correction=0)
     bimodality = (standardised.pow(3).mean().square() + 1) / standardised.pow(4).mean()
@@ -123,19 +116,19 @@ def statistics(weight: Tensor) -> Tensor:
 
 
 def count(weight: Tensor, limit: float, bins: int) -> Tensor:
-    """How many elements lie in each of ``bins`` between ``-limit`` and ``limit``: (bins,), on the weight's device."""
+    """Count the elements in each of ``bins`` from ``-limit`` to ``limit``: (bins,), on the weight's device."""
     # Not torch.histc, which trainer.deterministic forbids on a GPU.
     places = (weight.flatten() / limit + 1) * (bins / 2)
     return torch.bincount(places.long().clamp(0, bins - 1), minlength=bins)
 
 
 def edges(limit: float, bins: int) -> list[float]:
-    """Where the bins of :func:`count` begin, and where the last one ends."""
+    """The ``bins + 1`` edges of the bins of :func:`count`."""
     return [limit * (2 * index / bins - 1) for index in range(bins + 1)]
 
 
 def draw_kernels(histogram: dict[str, Any]) -> Figure:
-    """Figure 3.14: the distribution of C in a layer, with ±mean|C| marked.
+    """Plot the distribution of C in a layer, with ±mean|C| marked (figure 3.14).
 
     Args:
         histogram: an entry of :attr:`KernelHistograms.histograms`.
@@ -153,11 +146,11 @@ def draw_kernels(histogram: dict[str, Any]) -> Figure:
 
 
 def draw_kernels_over_epochs(histograms: list[dict[str, Any]], panels: int = 6) -> Figure:
-    """Figure 3.15: the distribution of C in a layer, from its first to its last epoch on record.
+    """Plot the distribution of C in a layer from the first to the last recorded epoch (figure 3.15).
 
     Args:
         histograms: entries of :attr:`KernelHistograms.histograms`.
-        panels: how many of them to draw at most, evenly spaced.
+        panels: maximum number of histograms to draw, evenly spaced.
     """
     panels = min(panels, len(histograms))
     chosen = [histograms[index * (len(histograms) - 1) // max(panels - 1, 1)] for index in range(panels)]

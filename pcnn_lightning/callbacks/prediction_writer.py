@@ -1,4 +1,4 @@
-"""What ``predict`` leaves behind."""
+"""Writes predictions to a CSV file."""
 
 import csv
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pcnn_lightning.files import check_writable
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write a CSV with a line per image: its file or index, the predicted label and that label's probability.
+    """Write a CSV file with one line per image: its file or index, the predicted label and that label's probability.
 
     Args:
         path: the file to write.
@@ -29,7 +29,7 @@ class PredictionWriter(BasePredictionWriter):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for name in ("predict_names", "classes"):
             if not hasattr(data, name):
-                raise InputError(f"{type(data).__name__} has no {name}, by which predictions are written down")
+                raise InputError(f"{type(data).__name__} has no {name}, which is needed to write predictions")
         if self.path.is_dir():
             raise InputError(f"cannot write predictions to {self.path}: it is a folder")
         try:

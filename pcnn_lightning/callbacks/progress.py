@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""Progress bar."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class StageProgressBar(RichProgressBar):
-    """One bar with the stage, the loss, the last validation accuracy and both learning rates.
+    """Progress bar with the stage, the loss, the last validation accuracy and the learning rates.
 
-    The loss is read each ``trainer.log_every_n_steps`` batches: Lightning's own bar waits for the device at every one.
+    The loss is read every ``trainer.log_every_n_steps`` batches; Lightning's own bar synchronizes with the device in
+    every batch.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,6 @@ class StageProgressBar(RichProgressBar):
             if value is not None:
                 shown[name] = f"{value:.4f}"
         if trainer.optimizers:
-            first, second = (group["lr"] for group in trainer.optimizers[0].param_groups)
-            shown |= {"η₁": f"{first:.2g}", "η₂": f"{second:.2g}"}
+            rates = zip(("η₁", "η₂"), trainer.optimizers[0].param_groups, strict=False)
+            shown |= {name: f"{group['lr']:.2g}" for name, group in rates}
         return shown

@@ -1,4 +1,4 @@
-"""The schedule of progressive optimisation: ternary kernels first, binary ones after."""
+"""Progressive training: ternary kernels first, then binary ones."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from pcnn_lightning.errors import InputError
 
 
 class StageSwitch(Callback):
-    """Turn a ternary network into a binary one between two epochs of a run (Algorithm 3).
+    """Switch a ternary network to binary between two epochs of a run (Algorithm 3).
 
-    The module owns the stage, saves and restores it; this callback only says when it ends. At the switch the kernels
-    stay as they are, W is kept or drawn anew (the module's ``reinit_projection``), the optimizer forgets its momentum,
-    both learning rates begin anew, and "best" is forgotten, so that the best checkpoint of the run is a binary one.
-    A family with one stage only, such as MCN, is left alone.
+    The module owns the stage, and saves and restores it; this callback only decides when it ends. At the switch, the
+    latent weights are kept, the optimizer's state is cleared, learning rate schedules restart, and the best metric is
+    reset, so that the best checkpoint of the run is a binary one. The module may redraw second parameters
+    (``reinit_projection`` of PCNN). Modules without a ternary stage, such as MCN, are left unchanged.
 
     Args:
-        epoch: the first binary epoch, or, below 1, its place as a share of ``max_epochs``. The ternary schedules are
-            laid over the epochs before it.
-        patience: switch earlier, once ``monitor`` has not risen for this many validations; None never does.
-        monitor: the metric to watch, the higher the better.
+        epoch: the first binary epoch or, below 1, its position as a fraction of ``max_epochs``. Schedules of the
+            ternary stage span the epochs before it.
+        patience: switch earlier if ``monitor`` has not risen for this many validations; None never does.
+        monitor: the metric to watch; higher is better.
 
     Raises:
         ValueError: if ``epoch`` or ``patience`` is not positive.
@@ -57,7 +57,7 @@ class StageSwitch(Callback):
             pl_module.stage_end = self.first_binary_epoch  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx > 0:  # rather than on_train_epoch_start, which a run resumed from the end of an epoch skips
+        if batch_idx > 0:  # not on_train_epoch_start, which is skipped when resuming from the end of an epoch
             return
         stalled = self.patience is not None and self.validations_since_best >= self.patience
         if pl_module.stage == "ternary" and (trainer.current_epoch >= self.first_binary_epoch or stalled):
@@ -84,7 +84,7 @@ class StageSwitch(Callback):
 
 
 def forget_best(trainer: Trainer) -> None:
-    """Make checkpoints and early stopping look for a best anew. Files already written stay."""
+    """Reset the best metric of checkpoints and early stopping. Files that are already written stay."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint):
             callback.best_model_score = None

@@ -1,4 +1,7 @@
-"""Data sets as LightningDataModules. A new one is a class of its own and a line here."""
+"""Datasets as LightningDataModules.
+
+To add a dataset, write a subclass of :class:`ImageDataModule` and import it here.
+"""
 
 from pcnn_lightning.data.base import ImageDataModule
 from pcnn_lightning.data.digits import Digits

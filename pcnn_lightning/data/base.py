@@ -1,4 +1,4 @@
-"""What all image data modules have in common."""
+"""Base class of the image data modules."""
 
 import signal
 from abc import ABC, abstractmethod
@@ -33,39 +33,39 @@ _NEEDED = {
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Labelled images for training, validation, testing and prediction.
+    """Base class of data modules with labelled images for training, validation, testing and prediction.
 
-    Modules receive ``(images, labels)`` of shapes (B, C, H, W) float32 and (B,) int64, and when predicting only
-    ``images``. Batches are cropped, mirrored and normalised on the device they are used on. Order and augmentation
-    are functions of (seed, epoch, step) alone: neither the number of workers or processes, nor the global random
-    state, nor resuming a run from a checkpoint changes them.
+    Modules receive ``(images, labels)``, (B, C, H, W) float32 and (B,) int64, or only ``images`` for prediction.
+    Batches are cropped, flipped and normalized on the device that uses them. Order and augmentation depend on (seed,
+    epoch, step) alone, not on the number of workers or processes, on the global random state, or on whether the run
+    was resumed from a checkpoint.
 
-    A new data set is a subclass that names its ``classes`` and ``load``s its splits.
+    To add a dataset, write a subclass that sets the class attributes below and implements :meth:`load`.
 
     Args:
-        batch_size: images per batch and process.
-        num_workers: processes that prepare batches; 0 is best for sets held in memory.
-        val_fraction: share of the training images held out for validation, from 0 to below 1; each class is held out
-            in proportion. 0: no validation. Without effect where a set has validation images of its own.
-        train_size: train on so many images only, each class in proportion; None: on all that are not held out.
-        seed: of the split, the order and the augmentation; 0 or more.
-        crop_padding: training images held in memory are padded by so many black pixels, then cut back to their size
-            at random; 0: never.
-        flip: mirror half of the training images left to right.
-        image_size: resize images to this side, in pixels; None: leave them.
+        batch_size: number of images per batch and process.
+        num_workers: number of worker processes of each data loader; 0 is best for datasets held in memory.
+        val_fraction: fraction of the training images held out for validation, stratified by class; at least 0 and
+            below 1. 0 disables validation. Ignored if the dataset has its own validation images.
+        train_size: number of images to train on, stratified by class; None takes all that are not held out.
+        seed: seed of the split, the order and the augmentation; at least 0.
+        crop_padding: black pixels added on each side of training images held in memory, before a random crop to the
+            original size; 0 disables cropping.
+        flip: flip training images horizontally with probability 0.5.
+        image_size: height and width to which images are resized, in pixels; None keeps the original size.
 
     Raises:
-        InputError: an argument is out of its range.
+        InputError: if an argument is out of range.
     """
 
     classes: list[str]
-    """Names of the classes, by label."""
+    """Class names, indexed by label."""
     mean: ClassVar[tuple[float, ...]]
-    """Per channel, of pixels scaled to 0..1; fixed numbers, so that a deployed network can be fed alike."""
+    """Mean per channel of pixels scaled to [0, 1]; a constant, so that deployed networks can use the same one."""
     std: ClassVar[tuple[float, ...]]
-    """Per channel, of pixels scaled to 0..1."""
+    """Standard deviation per channel of pixels scaled to [0, 1]."""
     side: ClassVar[int]
-    """Of the images as they come, in pixels."""
+    """Original height and width of the images, in pixels."""
 
     def __init__(
         self,
@@ -98,61 +98,61 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, known before any image is read."""
+        """Number of classes; available before any image is read."""
         return len(self.classes)
 
     @property
     def in_channels(self) -> int:
-        """Channels of an image: 1 for grey, 3 for RGB."""
+        """Number of channels of the images: 1 for grey, 3 for RGB."""
         return len(self.mean)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what a network is given."""
+        """Shape (C, H, W) of the images that a network receives."""
         side = self.side if self.image_size is None else self.image_size
         return self.in_channels, side, side
 
     @abstractmethod
     def load(self, split: Split) -> ImageSet | None:
-        """Load a whole split, or return None if this data set comes without it.
+        """Load a split, or return None if the dataset does not have it.
 
         Raises:
-            InputError: the data are missing or broken.
+            InputError: if the data are missing or corrupt.
         """
 
     def setup(self, stage: str) -> None:
-        """Load what ``stage`` ("fit", "validate", "test" or "predict") needs, unless it is loaded already.
+        """Load the splits that ``stage`` ("fit", "validate", "test" or "predict") needs, if not loaded yet.
 
         Raises:
-            InputError: the stage has no images, or they cannot be used.
+            InputError: if there are no images for the stage, or they are invalid.
         """
         for name in _NEEDED[stage]:
-            getattr(self, name)  # a cached property loads when it is first read
+            getattr(self, name)  # reading a cached property loads the split
         if stage == "validate" and self.val_set is None:
-            raise InputError("There are no validation images: val_fraction is 0 and the data set brings none.")
+            raise InputError("There are no validation images: val_fraction is 0 and the dataset has none.")
 
     @cached_property
     def train_set(self) -> ImageSet:
-        """The images to train on, with their augmentation."""
+        """Training images, with augmentation."""
         return self._split[0]
 
     @cached_property
     def val_set(self) -> ImageSet | None:
-        """The images to choose by: the data set's own, or held out of its training images."""
+        """Validation images: those of the dataset, or held out from its training images; None if there are none."""
         return self._split[1] if self._own_val_set is None else self._own_val_set
 
     @cached_property
     def test_set(self) -> ImageSet:
-        """The images to test on, which nothing else looks at."""
+        """Test images, which are used for nothing else."""
         return self._load("test", "Use `validate` instead, or add test images.")
 
     @cached_property
     def predict_set(self) -> ImageSet:
-        """The images to predict for, without labels."""
+        """Images to predict, without labels."""
         return self.test_set.unlabelled()
 
     def predict_names(self) -> list[str]:
-        """Name the samples of ``predict_set`` in their order."""
+        """Return the names of the samples of ``predict_set``, in order."""
         return [str(index) for index in range(len(self.predict_set))]
 
     @cached_property
@@ -164,7 +164,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @cached_property
     def _split(self) -> tuple[ImageSet, ImageSet | None]:
-        """Training images, and those held out of them unless the data set has validation images of its own."""
+        """Training images, and those held out for validation unless the dataset has its own validation images."""
         whole = self._load("train", "Add training images.")
         assert whole.labels is not None
         order, val = stratified_order(whole.labels, generator(self.seed, Stream.SPLIT)), None
@@ -172,7 +172,7 @@ class ImageDataModule(LightningDataModule, ABC):
             held_out = min(max(round(self.val_fraction * len(order)), 1), len(order) - 1)
             val, order = whole.select(order[:held_out]), order[held_out:]
         if self.train_size is not None:
-            allowed = f"at most {len(order)}, the training images that are left"
+            allowed = f"at most {len(order)}, the number of training images left"
             _require(self.train_size <= len(order), "train_size", self.train_size, allowed)
             order = order[: self.train_size]
         train = whole.select(order).augmented(Augmentation(self.seed, self.crop_padding, self.flip))
@@ -194,36 +194,36 @@ class ImageDataModule(LightningDataModule, ABC):
                 raise InputError(f"The {split} split has the label {value}; allowed are 0 to {self.num_classes - 1}")
 
     def train_dataloader(self) -> EpochLoader:
-        """Batches of training images, in a new order each epoch."""
+        """Return a loader of training batches, reshuffled each epoch."""
         train = self.train_set
         world_size, rank = self._processes()
-        # Small last batches make BatchNorm noisy; a set that is smaller than a batch is still to be trained on.
+        # A small last batch makes BatchNorm noisy. Keep it if it is the only one.
         drop_last = len(train) // world_size >= self.batch_size
         sampler = EpochSampler(train, self.seed, world_size, rank, drop_last)
         return EpochLoader(train, sampler=sampler, drop_last=drop_last, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Batches of validation images; an empty list if there are none, which Lightning takes as "do not validate"."""
+        """Return a loader of validation batches, or an empty list to make Lightning skip validation."""
         return [] if self.val_set is None else self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of test images."""
+        """Return a loader of test batches."""
         return self._evaluation_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of images to predict for, in the order of :meth:`predict_names`."""
+        """Return a loader of batches to predict, in the order of :meth:`predict_names`."""
         return DataLoader(self.predict_set, **self._loader_options())
 
     def _evaluation_loader(self, images: ImageSet) -> DataLoader[Any]:
         world_size, rank = self._processes()
         if len(images) < world_size:
             raise InputError(f"{len(images)} images to evaluate on cannot be dealt out to {world_size} processes")
-        # The sampler that Lightning puts in otherwise repeats some, which changes what is measured.
+        # By default, Lightning inserts a sampler that repeats some images, which distorts the metrics.
         sampler = UnrepeatedDistributedSampler(images, world_size, rank, shuffle=False)
         return DataLoader(images, sampler=sampler, **self._loader_options())
 
     def _processes(self) -> tuple[int, int]:
-        """How many there are, and the rank of this one."""
+        """World size and rank of this process."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader_options(self) -> dict[str, Any]:
@@ -234,19 +234,19 @@ class ImageDataModule(LightningDataModule, ABC):
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": _as_it_is,
             "worker_init_fn": _leave_interrupts_to_the_first_process if self.num_workers > 0 else None,
-            "generator": torch.Generator(),  # a DataLoader without one draws from the global random state
+            "generator": torch.Generator(),  # otherwise, a DataLoader draws from the global random state
         }
 
     def on_after_batch_transfer(self, batch: RawBatch, dataloader_idx: int) -> tuple[Tensor, Tensor] | Tensor:
-        """Vary and normalise a batch where it is used.
+        """Augment and normalize a batch on the device.
 
         Returns:
-            Images (B, C, H, W) float32 with their labels (B,) int64, or images alone when there are no labels.
+            Images (B, C, H, W) float32 and labels (B,) int64, or only the images if there are no labels.
         """
         images = batch.images
         if batch.offsets is not None and batch.flips is not None:
             images = crop_and_flip(images, batch.offsets, batch.flips, self.crop_padding)
-        if self._mean.device != images.device:  # once, not with every batch
+        if self._mean.device != images.device:  # only once, not for every batch
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
         images = normalize(images, self._mean, self._std)
         return images if batch.labels is None else (images, batch.labels)

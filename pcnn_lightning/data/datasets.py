@@ -1,4 +1,4 @@
-"""Sets of images that hand out whole batches of raw bytes."""
+"""Image datasets that return whole batches of raw uint8 pixels."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -12,14 +12,13 @@ from pcnn_lightning.data.sampling import Stream, generator
 
 
 class RawBatch(NamedTuple):
-    """What travels to the device, to be cropped, mirrored and normalised there: a quarter of the bytes of float32.
+    """A batch to be cropped, flipped and normalized on the device; uint8 takes a quarter of the bytes of float32.
 
     Args:
         images: (B, C, H, W) uint8.
         labels: (B,) int64; None when predicting.
-        offsets: (B, 2) int64, as :func:`~pcnn_lightning.data.augment.crop_and_flip` takes them; None leaves the
-            images as they are.
-        flips: (B,) bool; None exactly where ``offsets`` is.
+        offsets: (B, 2) int64, for :func:`~pcnn_lightning.data.augment.crop_and_flip`; None for no augmentation.
+        flips: (B,) bool; None if and only if ``offsets`` is None.
     """
 
     images: Tensor
@@ -30,12 +29,13 @@ class RawBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied.
+    """Settings of the training augmentation.
 
     Args:
-        seed: of the randomness, together with epoch and sample.
-        crop_padding: pixels of black around an image held in memory, before a window of its size is cut out.
-        flip: mirror half of the images left to right.
+        seed: random seed, combined with epoch and sample.
+        crop_padding: black pixels added on each side of images held in memory, before a random crop to the original
+            size.
+        flip: flip images horizontally with probability 0.5.
     """
 
     seed: int
@@ -45,14 +45,14 @@ class Augmentation:
 
 @dataclass(eq=False, kw_only=True)
 class ImageSet(Dataset[RawBatch], ABC):
-    """Images with their labels.
+    """Base class of datasets of images and labels.
 
-    Samples are asked for by *codes*, ``epoch * len(self) + index`` (see
-    :class:`~pcnn_lightning.data.sampling.EpochSampler`). Where nothing is random, an index will do.
+    Samples are requested by *codes*, ``epoch * len(self) + index`` (see
+    :class:`~pcnn_lightning.data.sampling.EpochSampler`). Without augmentation, plain indices work too.
 
     Args:
         labels: (N,) int64, or None.
-        augmentation: for training; None hands out the images as they are.
+        augmentation: augmentation for training; None returns the images unchanged.
     """
 
     labels: Tensor | None = None
@@ -64,22 +64,22 @@ class ImageSet(Dataset[RawBatch], ABC):
 
     @abstractmethod
     def __getitems__(self, codes: list[int]) -> RawBatch:
-        """The batch that ``codes`` ask for, in their order. torch's DataLoader looks for this method."""
+        """Return the batch for ``codes``, in their order. The DataLoader of torch calls this method if it exists."""
 
     @abstractmethod
     def select(self, indices: Tensor) -> "ImageSet":
-        """The images at ``indices`` (n,) int64, in that order, sharing memory with this set."""
+        """Return the subset at ``indices``, (n,) int64, in that order, sharing memory with this dataset."""
 
     def augmented(self, augmentation: Augmentation) -> "ImageSet":
-        """The same images, varied."""
+        """Return the same images with ``augmentation``."""
         return replace(self, augmentation=augmentation)
 
     def unaugmented(self) -> "ImageSet":
-        """The same images as they are."""
+        """Return the same images without augmentation."""
         return replace(self, augmentation=None)
 
     def unlabelled(self) -> "ImageSet":
-        """The same images without their labels."""
+        """Return the same images without labels."""
         return replace(self, labels=None)
 
     def _labels_at(self, indices: Tensor) -> Tensor | None:
@@ -88,13 +88,13 @@ class ImageSet(Dataset[RawBatch], ABC):
 
 @dataclass(eq=False, kw_only=True)
 class MemoryImages(ImageSet):
-    """Images of one size held in one tensor: a batch is an indexing operation, with no Python run per sample.
+    """Images of equal size, held in one tensor: a batch takes one indexing operation, without Python code per sample.
 
     Args:
         images: (M, C, H, W) uint8.
-        indices: (N,) int64, the images of this set; None: all of them.
+        indices: (N,) int64, the images in this dataset; None for all.
         labels: (N,) int64, or None.
-        augmentation: for training; None hands out the images as they are.
+        augmentation: augmentation for training; None returns the images unchanged.
     """
 
     images: Tensor
@@ -124,7 +124,7 @@ class MemoryImages(ImageSet):
 
 
 def _draw_variations(size: int, augmentation: Augmentation, epoch: int) -> tuple[Tensor, Tensor]:
-    """Offsets (N, 2) and flips (N,) of all samples in an epoch: a table costs less than a generator per sample."""
+    """Draw offsets (N, 2) and flips (N,) for a whole epoch, which costs less than one generator per sample."""
     rng = generator(augmentation.seed, epoch, Stream.AUGMENTATION)
     offsets = torch.randint(0, 2 * augmentation.crop_padding + 1, (size, 2), generator=rng)
     flips = torch.rand(size, generator=rng) < (0.5 if augmentation.flip else 0.0)

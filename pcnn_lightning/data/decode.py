@@ -1,4 +1,4 @@
-"""Image files: finding them, and turning them into RGB bytes."""
+"""Finding image files and decoding them to 8-bit RGB."""
 
 import os
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 
 
 def image_files(folder: Path) -> list[str]:
-    """List the images below a folder, sorted by path; hidden files and other kinds of files are passed over.
+    """List the image files below a folder, sorted by path; hidden files and other file types are skipped.
 
     Raises:
-        InputError: there is no such folder, it cannot be read, or it holds no image.
+        InputError: if the folder does not exist, cannot be read or holds no images.
     """
     found: list[str] = []
     for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder):
@@ -36,10 +36,10 @@ def image_files(folder: Path) -> list[str]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """List the names of a folder's folders, sorted; hidden ones are passed over.
+    """List the names of the subfolders of a folder, sorted; hidden ones are skipped.
 
     Raises:
-        InputError: there is no such folder, or it cannot be read.
+        InputError: if the folder does not exist or cannot be read.
     """
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -55,24 +55,24 @@ def _refuse_folder(error: OSError) -> None:
 def decode(file: str) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
-    Transparency is dropped, palettes are resolved, grey becomes three equal channels and 16-bit grey is scaled to 8.
-    EXIF orientation is left alone, as torchvision does.
+    Transparency is dropped, palettes are resolved, grey is copied to three channels and 16-bit grey is scaled to 8
+    bits. EXIF orientation is ignored, as in torchvision.
 
     Raises:
-        InputError: the file is missing, unreadable, broken or no image.
+        InputError: if the file is missing, unreadable, corrupt or not an image.
     """
     try:
         with Image.open(file) as opened:
             image: Image.Image = opened
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no agreed range")
-            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255 instead of scaling
+            if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255 instead of scaling
                 pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
                 image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
-            if "transparency" in image.info:  # spares a warning of Pillow's
+            if "transparency" in image.info:  # avoids a Pillow warning
                 image = image.convert("RGBA")
             return image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise whatever the broken bytes lead them to
+    except Exception as error:  # for corrupt files, Pillow's plugins raise all kinds of exceptions
         raise _unreadable(file, error) from None
 
 
@@ -80,7 +80,7 @@ def image_size(file: str) -> tuple[int, int]:
     """Read the width and height of an image from its header, in pixels.
 
     Raises:
-        InputError: the file is missing, unreadable or no image.
+        InputError: if the file is missing, unreadable or not an image.
     """
     try:
         with Image.open(file) as image:
@@ -91,26 +91,25 @@ def image_size(file: str) -> tuple[int, int]:
 
 def _unreadable(file: str, error: Exception) -> InputError:
     if isinstance(error, UnidentifiedImageError):
-        reason = "its bytes are no image of a known kind"  # Pillow's words would repeat the path
+        reason = "unknown image format"  # Pillow's message would repeat the path
     else:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{file} cannot be read as an image: {reason}. Replace the file or take it out of the folder.")
+    return InputError(f"{file} cannot be read as an image: {reason}. Replace the file or remove it from the folder.")
 
 
 def decode_all(files: Sequence[str], size: tuple[int, int], fit: bool) -> Tensor:
-    """Read images of one size into one tensor.
+    """Decode images of equal size into one tensor.
 
     Args:
         files: N paths.
         size: (W, H) in pixels.
-        fit: bring other images to this size, resizing the shorter side and cutting the longer one around its middle,
-            rather than refuse them.
+        fit: resize and centre-crop images of any other size to this size, instead of raising an error.
 
     Returns:
         (N, 3, H, W) uint8.
 
     Raises:
-        InputError: a file cannot be read or has another size; the first such file is named.
+        InputError: if a file cannot be read or has a different size; the message names the first such file.
     """
     width, height = size
     images = np.empty((len(files), 3, height, width), dtype=np.uint8)
@@ -124,24 +123,24 @@ def decode_all(files: Sequence[str], size: tuple[int, int], fit: bool) -> Tensor
                 image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
             images[position] = to_array(image)
 
-    # Threads, because Pillow lets go of Python's lock while it decodes; 256 files each, for a task has its cost too.
+    # Threads, because Pillow releases the GIL while decoding; 256 files per task, to limit the overhead of tasks.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for _ in pool.map(fill, range(0, len(files), 256)):
-                pass  # in order, so that of several broken files the first is reported
+                pass  # in order, so that the first of several corrupt files is reported
         finally:
             pool.shutdown(cancel_futures=True)
     return torch.from_numpy(images)
 
 
 def different_size(file: str, size: tuple[int, int], expected: tuple[int, int]) -> InputError:
-    """The error that a file of another size than the rest deserves."""
+    """Create the error for a file whose size differs from that of the others."""
     return InputError(
         f"{file} has {size[0]}×{size[1]} pixels where the images before it have {expected[0]}×{expected[1]}: "
-        "set image_size to bring all images to one size"
+        "set image_size to resize all images to the same size"
     )
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
-    """The pixels (3, H, W) of an RGB image."""
+    """Return the pixels of an RGB image, (3, H, W)."""
     return np.asarray(image).transpose(2, 0, 1)

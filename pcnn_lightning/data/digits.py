@@ -1,4 +1,4 @@
-"""The digits that come with scikit-learn: small enough to learn in seconds, and never downloaded."""
+"""The digits dataset of scikit-learn, which trains in seconds and needs no download."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ from pcnn_lightning.data.base import ImageDataModule, Split
 from pcnn_lightning.data.datasets import MemoryImages
 from pcnn_lightning.data.sampling import Stream, generator, stratified_order
 
-_TEST_SIZE = 360  # a fifth of the 1,797
+_TEST_SIZE = 360  # one fifth of 1,797
 
 
 class Digits(ImageDataModule):
-    """1,797 handwritten digits of 8×8 grey pixels (UCI ML repository, Alpaydin and Kaynak, 1998).
+    """1,797 grey images of handwritten digits, 8×8 pixels (UCI ML repository, Alpaydin and Kaynak, 1998).
 
-    360 images, the same for every seed, are for testing: a network trained under one seed can be tested under
-    another.
+    The test set has 360 images and does not depend on the seed, so that a network trained with one seed can be tested
+    with another.
 
     Args:
-        crop_padding: training images are padded by so many black pixels, then cut back to their size at random.
-        flip: mirror half of the training images left to right.
-        image_size: resize images to this side, in pixels; None: leave them at 8.
+        crop_padding: black pixels added on each side of training images, before a random crop to the original size.
+        flip: flip training images horizontally with probability 0.5.
+        image_size: height and width to which images are resized, in pixels; None keeps 8×8.
         kwargs: see :class:`~pcnn_lightning.data.base.ImageDataModule`.
     """
 

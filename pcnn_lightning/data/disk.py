@@ -1,4 +1,4 @@
-"""Sets of images too large for memory, decoded when they are asked for."""
+"""Datasets too large for memory, decoded on demand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +16,19 @@ from pcnn_lightning.data.sampling import Stream, mixed_seed
 
 @dataclass(eq=False, kw_only=True)
 class DiskImages(ImageSet):
-    """Image files of any size, brought to ``size`` × ``size`` pixels in the way that is usual for ImageNet.
+    """Image files of any size, resized to ``size`` × ``size`` pixels by the usual ImageNet transforms.
 
-    For training, a part of 8 to 100 % of the area and of a side ratio of 3:4 to 4:3 is cut out at random, resized and
-    perhaps mirrored. Otherwise the shorter side is resized to ``size * 256 / 224`` and the middle is cut out.
+    For training, a random crop with 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3 is resized and, if
+    enabled, randomly flipped. For evaluation, the shorter side is resized to ``size * 256 / 224`` before a centre crop.
 
     Args:
         files: N paths.
-        size: side of the images handed out, in pixels.
+        size: height and width of the returned images, in pixels.
         labels: (N,) int64, or None.
-        augmentation: for training; None evaluates.
+        augmentation: augmentation for training; None applies the evaluation transforms.
     """
 
-    files: Sequence[str]  # strings: millions of Path objects would be several times as large
+    files: Sequence[str]  # strings, because millions of Path objects take several times the memory
     size: int
 
     def __len__(self) -> int:
@@ -57,8 +57,8 @@ class DiskImages(ImageSet):
         image = decode(self.files[index])
         if self.augmentation is None:
             return to_array(transform(image))
-        # torchvision draws from the global generator, which is lent to it with a seed of the sample's own. Not by
-        # torch.manual_seed: that would seed the GPUs too, which fork_rng leaves alone here.
+        # torchvision draws from the global generator, so seed that per sample and restore it afterwards. Not with
+        # torch.manual_seed, which would also seed the GPUs, whose state fork_rng does not restore here.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.augmentation.seed, epoch, Stream.AUGMENTATION, index))
             return to_array(transform(image))

@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads."""
+"""Datasets downloaded by torchvision."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,27 +13,27 @@ from pcnn_lightning.errors import InputError
 
 
 class DownloadedImages(ImageDataModule):
-    """A data set of torchvision's, found in ``root`` or downloaded into it, and held in memory.
+    """Base class of torchvision datasets that are downloaded to ``root`` if necessary and held in memory.
 
     Args:
-        root: folder of data sets.
+        root: folder of the datasets.
         kwargs: see :class:`~pcnn_lightning.data.base.ImageDataModule`.
     """
 
     source: ClassVar[Any]
-    """torchvision's class, with ``data``, ``targets`` and arguments ``root``, ``train`` and ``download``."""
+    """torchvision class with attributes ``data`` and ``targets`` and arguments ``root``, ``train`` and ``download``."""
     folder: ClassVar[str]
-    """Where torchvision looks below ``root``."""
+    """Subfolder of ``root`` in which torchvision looks for the files."""
 
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = root
 
     def prepare_data(self) -> None:
-        """Download the data set unless it is in ``root``.
+        """Download the dataset unless it is in ``root``.
 
         Raises:
-            InputError: it is not, and the download failed.
+            InputError: if the download fails.
         """
         try:
             self.source(self.root, download=True)
@@ -41,7 +41,7 @@ class DownloadedImages(ImageDataModule):
             name, place = type(self).__name__, Path(self.root) / self.folder
             raise InputError(
                 f"{name} is not in {self.root} and could not be downloaded ({_one_line(error)}); "
-                f"put its files into {place}, or say where they are with --data.root"
+                f"put its files into {place}, or set --data.root to where they are"
             ) from None
 
     def load(self, split: Split) -> MemoryImages | None:
@@ -49,7 +49,7 @@ class DownloadedImages(ImageDataModule):
             return None
         try:
             source = self.source(self.root, train=split == "train")
-        except Exception as error:  # torchvision's readers raise whatever broken bytes lead them to
+        except Exception as error:  # for corrupt files, torchvision raises all kinds of exceptions
             place = Path(self.root) / self.folder
             raise InputError(f"{type(self).__name__} cannot be read from {place}: {_one_line(error)}") from None
         images = torch.as_tensor(source.data)
@@ -62,7 +62,7 @@ def _one_line(error: Exception) -> str:
 
 
 class MNIST(DownloadedImages):
-    """70,000 handwritten digits of 28×28 grey pixels (LeCun et al., 1998), 10,000 of them for testing."""
+    """70,000 grey images of handwritten digits, 28×28 pixels (LeCun et al., 1998); 10,000 are test images."""
 
     source = datasets.MNIST
     folder = "MNIST/raw"
@@ -76,7 +76,7 @@ class MNIST(DownloadedImages):
 
 
 class FashionMNIST(DownloadedImages):
-    """70,000 pieces of clothing of 28×28 grey pixels (Xiao et al., 2017), 10,000 of them for testing."""
+    """70,000 grey images of clothing, 28×28 pixels (Xiao et al., 2017); 10,000 are test images."""
 
     source = datasets.FashionMNIST
     folder = "FashionMNIST/raw"
@@ -90,7 +90,7 @@ class FashionMNIST(DownloadedImages):
 
 
 class CIFAR10(DownloadedImages):
-    """60,000 photographs of 32×32 RGB pixels in 10 classes (Krizhevsky, 2009), 10,000 of them for testing."""
+    """60,000 RGB images in 10 classes, 32×32 pixels (Krizhevsky, 2009); 10,000 are test images."""
 
     source = datasets.CIFAR10
     folder = "cifar-10-batches-py"
@@ -104,12 +104,12 @@ class CIFAR10(DownloadedImages):
 
 
 class CIFAR100(DownloadedImages):
-    """60,000 photographs of 32×32 RGB pixels in 100 classes (Krizhevsky, 2009), 10,000 of them for testing."""
+    """60,000 RGB images in 100 classes, 32×32 pixels (Krizhevsky, 2009); 10,000 are test images."""
 
     source = datasets.CIFAR100
     folder = "cifar-100-python"
     side = 32
-    classes = (  # noqa: SIM905  # two hundred quotation marks would not make it clearer
+    classes = (  # noqa: SIM905  # a list of 100 string literals would be harder to read
         "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
         "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
         "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "

@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class."""
+"""Image folders with one subfolder per class."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,38 +15,38 @@ from pcnn_lightning.data.disk import DiskImages
 from pcnn_lightning.errors import InputError
 
 MEMORY_LIMIT = 2**31
-"""Bytes of pixels up to which :class:`ImageFolder` holds images in memory of its own accord."""
+"""Largest size of the decoded images, in bytes, that :class:`ImageFolder` holds in memory by default."""
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class ImageFolder(ImageDataModule):
-    """Images of your own: ``root/train/<class>/…``, and likewise ``root/val`` and ``root/test`` as far as they exist.
+    """Custom images in ``root/train/<class>/…`` and, optionally, ``root/val`` and ``root/test`` with the same layout.
 
-    Small sets are decoded once and held in memory; large ones, such as ImageNet, are read from disk by
-    ``num_workers`` processes. Without ``val`` a part of ``train`` is held out; ``test`` is never used to choose
-    anything. Every image becomes RGB, and is normalised with ImageNet's mean and standard deviation.
+    Small datasets are decoded once and held in memory; large ones, such as ImageNet, are read from disk by
+    ``num_workers`` processes. Without ``val``, part of ``train`` is held out for validation; ``test`` is never used
+    for model selection. Images are converted to RGB and normalized with the mean and standard deviation of ImageNet.
 
     Args:
-        root: the folder.
-        image_size: side of the images, in pixels. None: in memory the images' own size, which must be the same for
-            all; from disk 224.
-        in_memory: hold the images in memory (true), read them from disk (false), or (None) hold them if they take no
-            more than 2 GiB and either are of one size or are given one by ``image_size``.
-        predict_dir: folder to predict for, with images at any depth; None: ``root/test``.
-        crop_padding: training images held in memory are padded by so many black pixels, then cut back to their size
-            at random; from disk, random parts of the images are cut out and resized instead.
-        flip: mirror half of the training images left to right.
+        root: folder of the dataset.
+        image_size: height and width of the images, in pixels. None keeps the original size, which all images must
+            share, for images in memory and takes 224 for images on disk.
+        in_memory: hold the images in memory (true) or read them from disk (false). None holds them in memory if they
+            take at most 2 GiB and have the same size or ``image_size`` is set.
+        predict_dir: folder of the images to predict, at any depth; None takes ``root/test``.
+        crop_padding: black pixels added on each side of training images held in memory, before a random crop to the
+            original size; images on disk are cropped at random and resized instead.
+        flip: flip training images horizontally with probability 0.5.
         kwargs: see :class:`~pcnn_lightning.data.base.ImageDataModule`.
 
     Raises:
-        InputError: an argument is out of its range, the folder is not laid out like that, or its splits differ in
-            their classes.
+        InputError: if an argument is out of range, the folder has a different layout, or its splits have different
+            classes.
     """
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
-    side = 224  # of images read from disk
+    side = 224  # for images read from disk
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ImageFolder(ImageDataModule):
         return self.test_set.unlabelled() if self.predict_dir is None else self._images(self._predict_files)
 
     def predict_names(self) -> list[str]:
-        """Name the samples of ``predict_set`` in their order, by path below ``predict_dir`` or ``root/test``."""
+        """Return the paths of the samples of ``predict_set`` relative to ``predict_dir`` or ``root/test``, in order."""
         if self.predict_dir is not None:
             return _below(self.predict_dir, self._predict_files)
         return _below(self.root / "test", self._files["test"][0]) if "test" in self._files else []
@@ -89,7 +89,7 @@ class ImageFolder(ImageDataModule):
 
     @cached_property
     def _files(self) -> dict[Split, tuple[list[str], Tensor]]:
-        """The files of each split that exists, and their labels."""
+        """Files and labels of each existing split."""
         found: dict[Split, tuple[list[str], Tensor]] = {}
         for split in _existing_splits(self.root):
             by_class = [image_files(self.root / split / name) for name in self.classes]
@@ -100,7 +100,7 @@ class ImageFolder(ImageDataModule):
 
     @cached_property
     def _memory_size(self) -> tuple[int, int] | None:
-        """(W, H) of images held in memory, None if images stay on disk; the same for all splits and stages."""
+        """Size (W, H) of images held in memory, or None for images on disk; the same for all splits and stages."""
         files = [file for split_files, _ in self._files.values() for file in split_files]
         if self.in_memory is False:
             return None
@@ -124,7 +124,7 @@ def _existing_splits(root: Path) -> list[Split]:
 
 
 def _agreed_classes(root: Path) -> list[str]:
-    """The names of the class folders, which all splits must share."""
+    """Return the names of the class folders, which must be the same in all splits."""
     splits = _existing_splits(root)
     if not splits:
         raise InputError(f"{root} has no folder train, val or test: expected {root / 'train' / '<class>' / '<image>'}")

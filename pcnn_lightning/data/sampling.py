@@ -1,7 +1,7 @@
-"""Order and randomness as functions of (seed, epoch, sample) alone.
+"""Sample order and random numbers that depend on (seed, epoch, sample) alone.
 
-Neither the global random state, nor the number of workers or processes, nor an interruption has a say in what a
-network sees: every random number comes from a generator made for its purpose and thrown away.
+The global random state, the number of workers or processes and interruptions do not affect what a network sees: all
+random numbers come from single-use generators.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class Stream(IntEnum):
-    """What random numbers are for; two purposes never share a stream."""
+    """Purpose of random numbers; different purposes never share a stream."""
 
     ORDER = 0
     AUGMENTATION = 1
@@ -23,26 +23,26 @@ class Stream(IntEnum):
 
 
 def mixed_seed(*parts: int) -> int:
-    """Hash whole numbers from 0 up, such as (seed, epoch, stream), into one seed of 64 bits.
+    """Hash non-negative integers, such as (seed, epoch, stream), to one 64-bit seed.
 
-    Sums would not do: seed 0 in epoch 1 would repeat seed 1 in epoch 0.
+    A sum would not work: seed 0 in epoch 1 would repeat seed 1 in epoch 0.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
 def generator(*parts: int) -> torch.Generator:
-    """A CPU generator seeded by :func:`mixed_seed`."""
+    """Create a CPU generator seeded by :func:`mixed_seed`."""
     return torch.Generator().manual_seed(mixed_seed(*parts))
 
 
 def stratified_order(labels: Tensor, rng: torch.Generator) -> Tensor:
-    """Shuffle samples so that every prefix holds each class in its share of the whole, as nearly as it can.
+    """Shuffle samples such that every prefix has the class proportions of the whole, as closely as possible.
 
-    Cutting such an order anywhere splits a set in two that are both stratified.
+    Splitting this order at any position yields two stratified subsets.
 
     Args:
         labels: (N,) int64.
-        rng: where the randomness comes from.
+        rng: random number generator.
 
     Returns:
         (N,) int64, a permutation of 0..N-1.
@@ -51,35 +51,36 @@ def stratified_order(labels: Tensor, rng: torch.Generator) -> Tensor:
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     counts = labels.bincount()
     position = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    # The i-th of a class with n samples stands at (i + 1/2) / n of the way; equals are put in shuffled order.
+    # The i-th sample of a class with n samples is placed at (i + 1/2) / n; ties stay in shuffled order.
     place = torch.empty(len(labels), dtype=torch.float64)
     place[by_class] = (position.double() + 0.5) / counts[labels[by_class]]
     return shuffled[place[shuffled].argsort(stable=True)]
 
 
 class EpochSampler(DistributedSampler[int]):
-    """A new permutation each epoch, drawn from (seed, epoch) and dealt out to the processes one sample at a time.
+    """Sampler with a new permutation per (seed, epoch), distributed over the processes one sample at a time.
 
-    With R processes and batches of B, the t-th batches of all processes together are the t-th batch of R * B that a
-    single process would see. Being a ``DistributedSampler``, Lightning does not wrap it and calls ``set_epoch``.
+    With R processes and a batch size of B, the t-th batches of all processes together are the t-th batch of a single
+    process with a batch size of R * B. Because this is a ``DistributedSampler``, Lightning does not wrap it and calls
+    its ``set_epoch``.
 
-    Yields *codes*, ``epoch * len(dataset) + index``, from which a data set in whichever worker process recovers both
-    by ``divmod``, without shared state.
+    Yields *codes*, ``epoch * len(dataset) + index``, from which a dataset in any worker process recovers epoch and
+    index by ``divmod``, without shared state.
 
     Args:
-        dataset: what is sampled from; only its length matters.
-        seed: of the order, 0 or more.
-        num_replicas: number of processes, R.
-        rank: of this process, 0..R-1.
-        drop_last: leave out the last ``len(dataset) % R`` samples of an epoch rather than repeat its first ones, so
-            that all processes have equally many.
+        dataset: dataset to sample from; only its length matters.
+        seed: seed of the order; at least 0.
+        num_replicas: R, number of processes.
+        rank: rank of this process, 0..R-1.
+        drop_last: to give all processes the same number of samples, drop the last ``len(dataset) % R`` samples of an
+            epoch instead of repeating the first ones.
     """
 
     def __init__(
         self, dataset: Dataset[Any], seed: int, num_replicas: int = 1, rank: int = 0, drop_last: bool = False
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
-        self.start = 0  # this process's samples to leave out at the beginning of the next pass
+        self.start = 0  # number of this process's samples to skip in the next pass
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
@@ -90,19 +91,19 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class EpochLoader(DataLoader[Any]):
-    """A DataLoader that takes up an epoch at the batch where an interrupted run left it.
+    """DataLoader that continues an epoch at the batch where a run was interrupted.
 
-    Lightning keeps ``state_dict()`` in its checkpoints and hands it to ``load_state_dict`` when it resumes.
+    Lightning saves ``state_dict()`` in checkpoints and passes it to ``load_state_dict`` when it resumes a run.
     """
 
     _progress = {"epoch": 0, "batches": 0}
     _resumes = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # Being a generator, this runs when the first batch is asked for. Lightning makes the iterator of a resumed
-        # run before it calls set_epoch, and a plain DataLoader's workers would by then have fetched from epoch 0.
+        # This is a generator, so it runs only when the first batch is requested. When resuming, Lightning creates the
+        # iterator before it calls set_epoch; a plain DataLoader's workers would already have fetched from epoch 0.
         sampler = self.sampler
-        if isinstance(sampler, EpochSampler):  # not with overfit_batches, which puts a sampler of its own here
+        if isinstance(sampler, EpochSampler):  # overfit_batches replaces the sampler
             start = self._progress["batches"] if self._resumes and self._progress["epoch"] == sampler.epoch else 0
             sampler.start = start * (self.batch_size or 1)
             self._progress = {"epoch": sampler.epoch, "batches": start}
@@ -112,10 +113,10 @@ class EpochLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
+        """Return the current epoch and the number of batches it has yielded."""
         return dict(self._progress)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Leave out the batches that ``state_dict`` counts, if its epoch is the next one to be run."""
+        """Skip the batches counted in ``state_dict`` if the next epoch is the one it was saved in."""
         self._progress = dict(state_dict)
         self._resumes = True

@@ -1,6 +1,6 @@
-"""Trained networks as they leave: frozen, and packed at one bit a sign. Lightning is not needed.
+"""Deployment of trained networks: freezing, packing at one bit per sign, and export. Lightning is not needed.
 
-Ten lines without Lightning, which label images by a packed file::
+To label an image with a packed file::
 
     import numpy as np
     import torch
@@ -9,36 +9,17 @@ Ten lines without Lightning, which label images by a packed file::
 
     network = load_packed("network.safetensors")
     height, width = network.description.image_size
-    image = Image.open("image.png").convert("RGB").resize((width, height))  # "L" for a network of grey images
+    image = Image.open("image.png").convert("RGB").resize((width, height))  # "L" for gray images
     pixels = torch.from_numpy(np.array(image)).reshape(1, height, width, -1).permute(0, 3, 1, 2)
     label = network.classify(pixels).item()
     print(network.description.class_names[label])
 """
 
-from pcnn_lightning.deploy.description import Description
-from pcnn_lightning.deploy.export import save_onnx, save_torch
-from pcnn_lightning.deploy.freeze import freeze
-from pcnn_lightning.deploy.layers import (
-    FrozenBatchNorm2d,
-    FrozenConv2d,
-    FrozenModulatedConv2d,
-    FrozenProjectionConv2d,
-)
-from pcnn_lightning.deploy.packed import PackedNetwork, is_packed, load_packed, save_packed
-from pcnn_lightning.deploy.runtime import accelerate
-
-__all__ = [
-    "Description",
-    "FrozenBatchNorm2d",
-    "FrozenConv2d",
-    "FrozenModulatedConv2d",
-    "FrozenProjectionConv2d",
-    "PackedNetwork",
-    "accelerate",
-    "freeze",
-    "is_packed",
-    "load_packed",
-    "save_onnx",
-    "save_packed",
-    "save_torch",
-]
+from pcnn_lightning.deploy.description import Description as Description
+from pcnn_lightning.deploy.export import save_onnx as save_onnx
+from pcnn_lightning.deploy.export import save_torch as save_torch
+from pcnn_lightning.deploy.freeze import freeze as freeze
+from pcnn_lightning.deploy.packed import PackedNetwork as PackedNetwork
+from pcnn_lightning.deploy.packed import load_packed as load_packed
+from pcnn_lightning.deploy.packed import save_packed as save_packed
+from pcnn_lightning.deploy.runtime import accelerate as accelerate

@@ -1,6 +1,6 @@
-"""Frozen blocks as the numbers that :mod:`pcnn_lightning.deploy.xnor` takes, and the layer that runs them.
+"""Converts frozen blocks to the arrays that :mod:`pcnn_lightning.deploy.xnor` takes, and runs them as a layer.
 
-All of it is exact: sums of signs are whole numbers, and floats are rounded where torch rounds them.
+All results are exact: sums of signs are integers, and floats are rounded where torch rounds them.
 """
 
 import threading
@@ -12,33 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from pcnn_lightning.backbones import OneBitBlock
-from pcnn_lightning.deploy.layers import FrozenBatchNorm2d, FrozenProjectionConv2d
+from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d
 
-# Of numba's threading layers, the one that is always there ends the process when two threads enter it at once.
+# Numba's only threading layer that is always available aborts the process if two threads enter it at once.
 _ONE_AT_A_TIME = threading.Lock()
-_CACHE = 2**18  # bytes of a thread's images at work, which are a part of all that it touches
+_CACHE = 2**18  # bytes of the images that a thread works on, a part of its working set
 
 
 class BinaryBlocks(nn.Module):
-    """Blocks in a row, of one shape if they are several, in the place of as many frozen ``OneBitBlock``.
+    """Runs consecutive frozen ``OneBitBlock`` modules; if there are several, they have one shape.
 
     Args:
-        blocks: blocks of binary 3×3 convolutions. The first may have any shortcut, stride, padding and pool; if it is
-            not the last, all keep the shape of their input and add it.
+        blocks: blocks with binary 3×3 convolutions. A single block may have any shortcut, stride, padding and pool;
+            several blocks must keep the shape of their input and add it.
     """
 
     def __init__(self, blocks: Sequence[OneBitBlock]) -> None:
         super().__init__()
-        first, convolutions = blocks[0], [cast(FrozenProjectionConv2d, block.conv) for block in blocks]
+        first, convolutions = blocks[0], [cast(FrozenConv2d, block.conv) for block in blocks]
         self.in_channels, self.out_channels = convolutions[0].in_channels, convolutions[0].out_channels
         self.stride, self.padding = convolutions[0].stride[0], cast(tuple[int, int], convolutions[0].padding)[0]
         self.shortcut, shortcut_norm, self.shortcut_pool = _split(first.shortcut, self.out_channels)
         self.shortcut_norm = torch.stack([shortcut_norm.scale, shortcut_norm.shift]).numpy()
-        # Maxima are taken before the PReLU, which may fall.
+        # Max pooling precedes the PReLU, which may be decreasing.
         self.pool, self.prelu = first.pool, first.prelu if first.pool is not None else None
         slopes = [torch.ones(self.out_channels) if self.pool is not None else block.prelu.weight for block in blocks]
         self.slopes = torch.stack(slopes).detach().numpy()
-        self.scales = torch.stack([convolution.scale for convolution in convolutions]).numpy()
+        self.scales = torch.stack([_scales(convolution) for convolution in convolutions]).numpy()
         prepared = [_prepare(block) for block in blocks]
         self.thresholds, self.weights, self.tap_bits = (np.stack(parts) for parts in zip(*prepared, strict=True))
         self.fused = _torch_fuses()
@@ -46,10 +46,10 @@ class BinaryBlocks(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """What the blocks make of ``x`` (B, in_channels, H, W).
+        """Run the blocks on ``x`` (B, in_channels, H, W).
 
         Raises:
-            ValueError: if ``x`` is no float32 on the CPU, or of another shape.
+            ValueError: if ``x`` is not float32 on the CPU, or its shape does not fit.
         """
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"an accelerated network must run in float32 on the CPU, but got {x.dtype} on {x.device}")
@@ -66,7 +66,7 @@ class BinaryBlocks(nn.Module):
             if (shape := (*shortcuts.shape[:2], *sides)) != output.shape:
                 raise ValueError(f"a shortcut to {shape} cannot be added to a convolution to {tuple(output.shape)}")
         self._run(images, shortcuts, output, rows, columns, base)
-        # In the layout that torch would have left, so that what follows rounds as it would have done.
+        # Return the memory layout that torch would, so that later layers round as they would in torch.
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             output = output.contiguous(memory_format=torch.channels_last)
         if self.pool is not None and self.prelu is not None:
@@ -84,7 +84,7 @@ class BinaryBlocks(nn.Module):
         of_torch, before = torch.get_num_threads(), numba.get_num_threads()
         threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(threads)
-        # As many images of a thread as its cache holds: each round of the threads costs a microsecond.
+        # As many images per thread as fit into its cache: each launch of the threads costs a microsecond.
         at_once = min(threads * max(1, _CACHE // (4 * output.shape[1:].numel())), max(1, len(output)))
         try:
             with _ONE_AT_A_TIME:
@@ -108,15 +108,15 @@ class BinaryBlocks(nn.Module):
                 )
         finally:
             numba.set_num_threads(before)
-            if torch.get_num_threads() != of_torch:  # numba's first launch sets them to all there are
+            if torch.get_num_threads() != of_torch:  # numba's first launch resets it to all threads
                 torch.set_num_threads(of_torch)
 
     def _border_of(self, size: torch.Size) -> tuple[Any, Any, Any]:
-        """What ``run_blocks`` takes as rows, columns and base for images of (H, W), kept for the next ones."""
+        """The arguments rows, columns and base of ``run_blocks`` for images of (H, W), cached for the next call."""
         if self._border is None or self._border[0] != size:
             (rows, row_taps), (columns, column_taps) = (_taps(side, self.stride, self.padding) for side in size)
             inside = row_taps[:, None, :, None] & column_taps[None, :, None, :]
-            # A tap inside brings C - 2 * popcount. One outside brings -2 * popcount, but should bring nothing.
+            # A tap inside contributes C - 2 * popcount. One outside contributes -2 * popcount, but should be 0.
             outside = np.einsum("rcyx,nyxo->nrco", ~inside, self.tap_bits, dtype=np.int64)
             base = self.in_channels * inside.sum((2, 3))[:, :, None] + 2 * outside
             self._border = size, (rows, columns, np.ascontiguousarray(base, np.float32))
@@ -124,7 +124,7 @@ class BinaryBlocks(nn.Module):
 
 
 def _taps(side: int, stride: int, padding: int) -> tuple[Any, Any]:
-    """Which kind each position along a side of the output is, and which taps lie inside for each kind, (kinds, 3)."""
+    """Kind of each position along a side of the output, and the taps that lie inside for each kind, (kinds, 3)."""
     count = (side + 2 * padding - 3) // stride + 1
     if count < 1:
         raise ValueError(f"a side of images must be at least {3 - 2 * padding} pixels, but is {side}")
@@ -134,26 +134,26 @@ def _taps(side: int, stride: int, padding: int) -> tuple[Any, Any]:
 
 
 def _prepare(block: OneBitBlock) -> tuple[Any, Any, Any]:
-    """Thresholds (words * 64,), weights (words, 9, O) and the number of ones in each tap of them, (3, 3, O)."""
+    """Thresholds (words * 64,), weights (words, 9, O) and the number of ones in each tap of these, (3, 3, O)."""
     thresholds, falls = _thresholds(cast(FrozenBatchNorm2d, block.norm))
-    signs = cast(FrozenProjectionConv2d, block.conv).signs
+    signs = cast(Tensor, block.conv.signs)
     bits = ((signs > 0) ^ falls[:, None, None]).permute(2, 3, 0, 1).numpy()  # (3, 3, O, C)
     fill = -bits.shape[-1] % 64
     octets = np.packbits(np.pad(bits, [(0, 0)] * 3 + [(0, fill)]), axis=-1, bitorder="little")
     words = octets.view(np.uint64).reshape(9, bits.shape[2], -1).transpose(2, 0, 1)
-    # What fills up a word is 0 in images, which never reaches infinity: its bit is 0 in both.
+    # Padding channels are 0 in images, below the infinite threshold: their bits are 0 in images and weights.
     filled = np.pad(thresholds.numpy(), (0, fill), constant_values=np.inf)
     return filled, np.ascontiguousarray(words), bits.sum(-1)
 
 
 def _thresholds(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The least number of each channel that has another sign than those below it, and whether the sign falls there.
+    """Smallest float of each channel at which the sign of the norm changes, and whether it falls from + to - there.
 
-    ``norm(x) >= 0`` is ``(x >= threshold) != falls``. However torch rounds, it keeps the order of numbers, so that
+    ``norm(x) >= 0`` is ``(x >= threshold) != falls``. However torch rounds, it preserves the order of numbers, so that
     bisection over all floats finds the threshold.
     """
     falls = norm.scale < 0
-    infinity = 0x7F800000  # Floats of one sign are in the order of their bits, read as integers.
+    infinity = 0x7F800000  # Floats of one sign are ordered like their bits, read as integers.
     low, high = (torch.full_like(falls, end, dtype=torch.int64) for end in (-infinity, infinity))
     for _ in range(33):
         middle = (low + high).div(2, rounding_mode="floor")
@@ -167,15 +167,21 @@ def _as_float(order: Tensor) -> Tensor:
 
 
 def _torch_fuses() -> bool:
-    """Whether torch rounds the product and the sum of a batch norm as one, as it does where the processor can."""
+    """Whether torch computes a batch norm by fused multiply-add, as it does where the processor can."""
     norm = FrozenBatchNorm2d(1)
     norm.scale.fill_(1 + 2**-12)
     norm.shift.fill_(-1 - 2**-11)
     return bool((norm(torch.full((1, 1, 8, 8), 1 + 2**-12)) != 0).all())
 
 
+def _scales(convolution: FrozenConv2d) -> Tensor:
+    """Scale of each output channel, (out_channels,)."""
+    ones = torch.ones(convolution.out_channels)
+    return ones if convolution.scale is None else ones * convolution.scale.flatten()
+
+
 def _split(shortcut: nn.Module | None, channels: int) -> tuple[nn.Module | None, FrozenBatchNorm2d, int]:
-    """What torch makes of a shortcut, and the norm and the size of the average pool that the kernel makes of it."""
+    """Split a shortcut into what torch computes, and the norm and average-pool size that the kernel applies to it."""
     if isinstance(shortcut, nn.Sequential) and len(shortcut) in (2, 3) and isinstance(shortcut[1], FrozenBatchNorm2d):
         pool = shortcut[2] if len(shortcut) == 3 else nn.AvgPool2d(1, ceil_mode=True, count_include_pad=False)
         if (

@@ -1,69 +1,71 @@
-"""What a packed file says of its network."""
+"""The description of a network in a packed or exported file."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from pcnn_lightning.backbones import BACKBONES
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.families import FAMILIES
 
 LARGEST = 2**20
-"""More channels, classes or pixels a side than any network here will have."""
+"""Upper bound of channels, classes and pixels per side."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """All that it takes to build a network without its numbers, to feed it and to name what it answers.
+    """Everything needed to build a network without its weights, to feed it and to name its classes.
 
-    Lists are taken for tuples.
+    Lists are converted to tuples.
 
     Attributes:
-        family: ``"PCNN"`` or ``"MCN"``.
-        stage: ``"binary"``, ``"ternary"`` (PCNN only) or ``"full_precision"`` (of an MCN: U-MCN).
+        family: a name in ``pcnn_lightning.families.FAMILIES``.
+        stage: a name in ``pcnn_lightning.stages.STAGES``.
         backbone: a name in ``pcnn_lightning.backbones.BACKBONES``.
-        stages: kernel stages: maps of the stem and of each stage; None is the backbone's own.
-        planes: J or K, channels per map.
-        levels: U of an MCN: 2, 3 or 4.
-        average: MCN-1: one number a plane.
         num_classes: number of classes.
-        in_channels: channels of the images.
+        in_channels: number of channels of the images.
         image_size: (H, W) of the images, in pixels.
-        mean: of the pixels that the network was trained on, per channel, scaled to 0..1.
-        std: of those pixels, likewise.
-        class_names: names of the classes, by label; None where they have none.
+        mean: mean of each channel over the training images, with pixels scaled to 0..1.
+        std: standard deviation of each channel, likewise.
+        widths: number of feature maps of the stem and of each stage; None takes the backbone's own.
+        planes: channels per feature map, such as J of PCNN or K of MCN.
+        sign_activations: whether the 1-bit layers convolve signs, not real-valued activations.
+        layer: ``options`` of the frozen 1-bit layers.
+        class_names: names of the classes, by label; None if they have none.
 
     Raises:
         InputError: names what is wrong, its value and what is allowed.
     """
 
-    family: Literal["PCNN", "MCN"]
-    stage: Literal["binary", "ternary", "full_precision"]
+    family: str
+    stage: str
     backbone: str
     num_classes: int
     in_channels: int
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    stages: tuple[int, ...] | None = None
+    widths: tuple[int, ...] | None = None
     planes: int = 1
-    levels: int = 2
-    average: bool = False
+    sign_activations: bool = True
+    layer: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "mean", "std", "stages", "class_names"):
+        for name in ("image_size", "mean", "std", "widths", "class_names"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        stages = ("binary", "ternary", "full_precision") if self.family == "PCNN" else ("binary", "full_precision")
-        self._one_of("family", ("PCNN", "MCN"))
-        self._one_of("stage", stages)
+        known = isinstance(self.family, str) and self.family in FAMILIES
+        self._require("family", known, f"one of {', '.join(FAMILIES)}, or registered by register_family")
+        self._one_of("stage", (*FAMILIES[self.family].layer.stages, "full_precision"))
         self._one_of("backbone", tuple(BACKBONES))
-        self._one_of("levels", (2, 3, 4))
-        self._one_of("average", (False, True))
+        self._one_of("sign_activations", (False, True))
+        options = isinstance(self.layer, dict) and all(map(_is_option, self.layer.values()))
+        self._require("layer", options, "an object of strings, integers, booleans and nulls")
         for name in ("num_classes", "in_channels", "planes"):
             self._require(name, _is_size(getattr(self, name)), f"an integer from 1 to {LARGEST}")
         self._require("image_size", _is_row(self.image_size, _is_size, 2), f"two integers from 1 to {LARGEST}")
-        known = self.stages is None or _is_row(self.stages, _is_size)
-        self._require("stages", known, f"None, or integers from 1 to {LARGEST}")
+        known = self.widths is None or _is_row(self.widths, _is_size)
+        self._require("widths", known, f"None, or integers from 1 to {LARGEST}")
         for name, allowed, what in (("mean", _is_number, "finite"), ("std", _is_positive, "positive")):
             numbers = _is_row(getattr(self, name), allowed, self.in_channels)
             self._require(name, numbers, f"{self.in_channels} {what} numbers, as many as in_channels")
@@ -71,15 +73,15 @@ class Description:
         self._require("class_names", named, f"None, or {self.num_classes} strings, as many as num_classes")
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as JSON has them."""
+        """Return the fields, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: object) -> "Description":
-        """The description that :meth:`as_dict` gave ``content``, after its way through JSON.
+        """Build a description from what :meth:`as_dict` returned, read back from JSON.
 
         Raises:
-            InputError: if it gave no such thing.
+            InputError: if ``content`` is not such an object.
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(content, dict) or set(content) != names:
@@ -88,7 +90,7 @@ class Description:
 
     def _one_of(self, name: str, allowed: tuple[object, ...]) -> None:
         value = getattr(self, name)
-        # Types too: of what JSON holds, 1 equals True, and a list cannot even be looked up.
+        # Compare types too, since 1 == True in Python; a list from JSON is not hashable.
         known = any(type(value) is type(item) and value == item for item in allowed)
         self._require(name, known, f"one of {', '.join(map(str, allowed))}")
 
@@ -113,6 +115,10 @@ def _is_number(value: object) -> bool:
 
 def _is_positive(value: object) -> bool:
     return _is_number(value) and value > 0  # type: ignore[operator]
+
+
+def _is_option(value: object) -> bool:
+    return value is None or type(value) in (str, int, bool)
 
 
 def _is_text(value: object) -> bool:

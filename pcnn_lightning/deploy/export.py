@@ -1,8 +1,8 @@
-"""Frozen networks as programs that need nothing of this package.
+"""Exports frozen networks as programs that do not need this package.
 
-Both kinds take raw images, ``images`` (B, C, H, W) uint8, of the size that the network was trained for and as many as
-one likes, normalise them, and answer ``logits`` (B, num_classes) float32. Both store what is int8 in the frozen network
-as int8, a byte a sign, and the description as JSON under the name ``pcnn_lightning``:
+Both formats take raw images, ``images`` (B, C, H, W) uint8, of the size that the network was trained for and in batches
+of any size, normalize them, and return ``logits`` (B, num_classes) float32. Both store the int8 buffers of the frozen
+network as int8, one byte per sign, and the description as JSON under the name ``pcnn_lightning``:
 
 ==================  ================================================================================================
 ONNX                ``onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["pcnn_lightning"]``
@@ -26,21 +26,21 @@ from pcnn_lightning.files import write_whole
 
 _KEY = "pcnn_lightning"
 _LARGEST_FOLDED = 4
-"""Numbers in a constant that is computed with when an ONNX graph is simplified: enough for shapes, too few for signs,
-which would come out as floats."""
+"""Maximum number of elements of a constant that is folded when an ONNX graph is simplified: enough for shapes, too few
+for signs, which would be stored as floats."""
 
 
 def save_onnx(network: nn.Module, path: str | os.PathLike[str], description: Description) -> None:
-    """Write a network as an ONNX model, whole or not at all.
+    """Write a network as an ONNX model, atomically.
 
     Args:
-        network: a network of a registered backbone, trained or frozen.
+        network: a network with a registered backbone, trained or frozen.
         path: the file to write.
-        description: what the network is.
+        description: description of the network.
 
     Raises:
-        InputError: if the description is of another network, a number is not finite, the file cannot be written, or
-            the packages onnx and onnxscript are not installed.
+        InputError: if the description is of another network, a value is not finite, the file cannot be written, or the
+            packages onnx and onnxscript are not installed.
     """
     try:
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -59,26 +59,26 @@ def save_onnx(network: nn.Module, path: str | os.PathLike[str], description: Des
     )
     assert program is not None
     optimizer.optimize(program.model, input_size_limit=_LARGEST_FOLDED)
-    ClearMetadataAndDocStringPass()(program.model)  # of each node, as below
+    ClearMetadataAndDocStringPass()(program.model)  # of each node, as in save_torch
     program.model.metadata_props[_KEY] = json.dumps(description.as_dict())
     write_whole(Path(path), program.model_proto.SerializeToString())
 
 
 def save_torch(network: nn.Module, path: str | os.PathLike[str], description: Description) -> None:
-    """Write a network as a ``torch.export`` program, whole or not at all.
+    """Write a network as a ``torch.export`` program, atomically.
 
     Args:
-        network: a network of a registered backbone, trained or frozen.
+        network: a network with a registered backbone, trained or frozen.
         path: the file to write.
-        description: what the network is.
+        description: description of the network.
 
     Raises:
-        InputError: if the description is of another network, a number is not finite, or the file cannot be written.
+        InputError: if the description is of another network, a value is not finite, or the file cannot be written.
     """
     module, images = _to_trace(network, description)
     program = torch.export.export(module, (images,), dynamic_shapes=({0: Dim("batch", min=1)},))
     program.example_inputs = None
-    for node in program.graph.nodes:  # of each node: lines of code, and the folders they lie in
+    for node in program.graph.nodes:  # metadata of each node: source lines and their paths
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             node.meta.pop(name, None)
     content = io.BytesIO()
@@ -99,6 +99,6 @@ class _FromPixels(nn.Module):
 
 
 def _to_trace(network: nn.Module, description: Description) -> tuple[nn.Module, Tensor]:
-    """What is exported, and two images to trace it with: of a single one, the batch would be taken for fixed."""
+    """The module to export, and two images to trace it with: with one, the batch size would be taken as fixed."""
     module = _FromPixels(PackedNetwork.of(network, description)).eval()
     return module, torch.zeros(2, description.in_channels, *description.image_size, dtype=torch.uint8)

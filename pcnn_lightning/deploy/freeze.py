@@ -1,48 +1,39 @@
-"""A trained network as a plain network for inference.
+"""Freezing: converts a trained network to a network for inference.
 
-A frozen network has the modules of the trained one under the same names, with three kinds in the place of others:
-
-====================  =========================================================================================
-``ProjectionConv2d``  :class:`FrozenProjectionConv2d`: signs of D and a scale
-``ModulatedConv2d``   :class:`FrozenModulatedConv2d`: signs (U = 3, 4: codes) of Ĉ, a scale (U values) and M-Filters
-``nn.BatchNorm2d``    :class:`FrozenBatchNorm2d`: a scale and a shift for each channel
-====================  =========================================================================================
-
-Convolutions of full precision, linear layers, PReLUs, sign activations and pools stay what they are, so that another
-runtime can walk the modules and read all that it needs from their attributes.
+A frozen network has the modules of the trained one under the same names, with three exceptions: each 1-bit layer is
+replaced by its inference layer (:meth:`QuantizedConv2d.frozen`), ``nn.BatchNorm2d`` by :class:`FrozenBatchNorm2d`, and
+dropout by the identity. Another runtime can walk the modules and read everything it needs from their attributes.
 """
 
 import copy
 
+import torch
 from torch import nn
 
-from pcnn_lightning.deploy.layers import FrozenBatchNorm2d, FrozenModulatedConv2d, FrozenProjectionConv2d
-from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d
+from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, QuantizedConv2d
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """Make a network for inference of a trained one, which stays as it is.
+    """Convert a trained network, which is not changed, to a network for inference.
 
-    Its logits are those of the trained network in evaluation mode, to float rounding (on a CPU, bit for bit). Batch
-    norms and dropout are gone, so that its mode makes no difference, and nothing in it asks for a gradient. A frozen
-    network frozen again is a copy.
+    The logits are those of the trained network in evaluation mode, up to rounding (on a CPU, bit for bit). The frozen
+    network behaves the same in both modes, has no latent weights and needs no gradients. Freezing a frozen network
+    copies it.
 
     Args:
-        network: a trained network, such as ``model.net`` of a ``PCNN`` or an ``MCN``: any module with 1-bit layers in
-            it, or with none.
+        network: any module, such as ``model.net`` of a trained model; it need not have 1-bit layers.
 
     Raises:
-        ValueError: if a 1-bit layer is not finite, or a batch norm has no running statistics.
+        ValueError: if a 1-bit layer holds non-finite values or its inference layer has different kernels, or a batch
+            norm has no running statistics.
     """
     return _freeze(copy.deepcopy(network)).eval().requires_grad_(False)
 
 
 def _freeze(module: nn.Module) -> nn.Module:
-    """Freeze ``module``, in place but for itself."""
-    if isinstance(module, ProjectionConv2d):
-        return FrozenProjectionConv2d.of(module)
-    if isinstance(module, ModulatedConv2d):
-        return FrozenModulatedConv2d.of(module)
+    """Return the frozen counterpart of ``module``, replacing its children in place."""
+    if isinstance(module, QuantizedConv2d):
+        return _freeze_layer(module)
     if isinstance(module, nn.BatchNorm2d):
         return FrozenBatchNorm2d.of(module)
     if isinstance(module, nn.Dropout):
@@ -51,3 +42,16 @@ def _freeze(module: nn.Module) -> nn.Module:
         if child is not None:
             setattr(module, name, _freeze(child))
     return module
+
+
+def _freeze_layer(layer: QuantizedConv2d) -> FrozenConv2d:
+    if not all(values.isfinite().all() for values in (*layer.parameters(), *layer.buffers())):
+        raise ValueError("a layer to freeze must be finite, but holds NaN or infinite values")
+    frozen = layer.frozen()
+    # Signs and scales cannot represent arbitrary kernels, and the layer may be user-defined.
+    if not torch.equal(frozen.quantized_weight(), layer.quantized_weight()):
+        raise ValueError(
+            f"{type(layer).__name__} cannot be frozen: its kernels are not signs times a scale per {layer.scaling}. "
+            "Set its scaling, or override frozen()"
+        )
+    return frozen

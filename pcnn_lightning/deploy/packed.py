@@ -1,19 +1,19 @@
-"""Frozen networks as files of one bit a sign.
+"""Frozen networks as files with one bit per sign.
 
-A packed file is a safetensors file with two tensors, which hold all numbers of the frozen network in the order of its
-``state_dict()``, each of its tensors row by row:
+A packed file is a safetensors file with two tensors, which hold all values of the frozen network in the order of its
+``state_dict()``, each of its tensors in row-major order:
 
 - ``floats``, float32;
-- ``codes``, uint8: of what is int8 in the network, the place of each element in its layer's ``symbols``. A layer of two
-  symbols (0 for -1, 1 for +1) has eight a byte, any other (ternary: 0, 1, 2 for -1, 0, +1) four, the first of them in
-  the lowest bits. Each layer begins with a new byte.
+- ``codes``, uint8: for each element of the int8 tensors, its index in the ``symbols`` of the layer. A layer with two
+  symbols (0 for -1, 1 for +1) has eight codes per byte, any other (ternary: 0, 1, 2 for -1, 0, +1) has four, the first
+  one in the lowest bits. Each layer starts with a new byte.
 
-Its metadata has one key, ``pcnn_lightning``, whose value is a JSON object of
+Its metadata has one key, ``pcnn_lightning``, whose value is a JSON object with
 
-- ``format_version``: 1;
-- ``package_version``: what wrote it;
+- ``format_version``: 2;
+- ``package_version``: version of the package that wrote the file;
 - ``description``: the fields of :class:`~pcnn_lightning.deploy.description.Description`, an object;
-- ``crc32``: of the description, as Python writes it to JSON without spaces, then ``codes``, then ``floats``.
+- ``crc32``: checksum of the description, as Python writes it to JSON without spaces, then ``codes``, then ``floats``.
 """
 
 import json
@@ -30,29 +30,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import pcnn_lightning
 from pcnn_lightning.backbones import Network, build_backbone
 from pcnn_lightning.deploy.description import Description
 from pcnn_lightning.deploy.freeze import freeze
-from pcnn_lightning.deploy.layers import FrozenModulatedConv2d, FrozenProjectionConv2d
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import write_whole
-from pcnn_lightning.functional import Levels
 from pcnn_lightning.layers import SignActivation
+from pcnn_lightning.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "pcnn_lightning"
 
 
 class PackedNetwork(Network):
-    """A frozen network that knows what it was trained for. It takes normalised images, as the trained one does.
+    """A frozen network with its description. It takes normalized images, like the trained network.
 
     Args:
         network: the frozen network.
-        description: what it is.
+        description: its description.
 
     Attributes:
-        description: what it is.
+        description: its description.
         mean: (C, 1, 1), per channel, in units of raw pixels.
         std: (C, 1, 1), likewise.
     """
@@ -69,10 +68,10 @@ class PackedNetwork(Network):
 
     @classmethod
     def of(cls, network: nn.Module, description: Description) -> "PackedNetwork":
-        """Freeze a network, trained or frozen, on the CPU and with its floats as float32, and describe it.
+        """Freeze a network, trained or frozen, move it to the CPU in float32, and attach its description.
 
         Raises:
-            InputError: if the description is of another network, or a number is not finite.
+            InputError: if the description is of another network, or a value is not finite.
         """
         try:
             frozen = freeze(network).cpu().float()
@@ -85,10 +84,10 @@ class PackedNetwork(Network):
         return cls(cast(Network, frozen), description).eval()
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Normalise ``images`` (B, C, H, W) uint8, of the size that the network was trained for, as in training.
+        """Normalize ``images`` (B, C, H, W) uint8, of the size that the network was trained for, as in training.
 
         Raises:
-            ValueError: if they are of another type or shape.
+            ValueError: if they have another dtype or shape.
         """
         shape = (self.description.in_channels, *self.description.image_size)
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != shape:
@@ -100,25 +99,25 @@ class PackedNetwork(Network):
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """Label (B,) of each of ``images`` (B, C, H, W) uint8, of the size that the network was trained for."""
+        """Predict the label (B,) of ``images`` (B, C, H, W) uint8, of the size that the network was trained for."""
         return cast(Tensor, self(self.preprocess(images))).argmax(dim=1)
 
 
 def save_packed(network: nn.Module, path: str | os.PathLike[str], description: Description) -> None:
-    """Write a network as a packed file, whole or not at all.
+    """Write a network as a packed file, atomically.
 
     Args:
-        network: a network of a registered backbone, trained or frozen; its floats are written as float32.
+        network: a network with a registered backbone, trained or frozen; its floats are written as float32.
         path: the file to write.
-        description: what the network is, so that it can be built again.
+        description: description of the network, from which it can be rebuilt.
 
     Raises:
-        InputError: if the description is of another network, a number is not finite, or the file cannot be written.
+        InputError: if the description is of another network, a value is not finite, or the file cannot be written.
     """
     codes, floats = _pack(PackedNetwork.of(network, description))
     header = {
         "format_version": FORMAT_VERSION,
-        "package_version": pcnn_lightning.__version__,
+        "package_version": __version__,
         "description": description.as_dict(),
         "crc32": _checksum(description, codes, floats),
     }
@@ -126,12 +125,12 @@ def save_packed(network: nn.Module, path: str | os.PathLike[str], description: D
 
 
 def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
-    """Read a network from a packed file onto the CPU.
+    """Load a network from a packed file onto the CPU.
 
-    Nothing in the file is run, and no more memory is taken than the numbers in it fill.
+    No code from the file is executed, and no more memory is allocated than its values need.
 
     Raises:
-        InputError: if there is no such file, or it is damaged, of another kind or version, or does not hold the network
+        InputError: if the file does not exist, is damaged, is of another kind or version, or does not hold the network
             that it describes.
     """
     try:
@@ -152,32 +151,20 @@ def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
     return PackedNetwork(network, description).eval()
 
 
-def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a file that begins as a packed one does, with a length of 8 bytes and JSON."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(9)[8:] == b"{"
-    except OSError:
-        return False
-
-
 def _skeleton(description: Description) -> Network:
-    """The frozen network that is described, of tensors that have a shape but take no memory.
+    """Build the described frozen network from tensors that have a shape but no memory.
 
     Raises:
         InputError: if there is no such network.
     """
     one_bit = description.stage != "full_precision"
+    layer = FAMILIES[description.family].layer
 
     def convolution(*shape: Any, planes: int = description.planes) -> nn.Module:
-        if description.family == "MCN":
-            levels = description.levels if one_bit else None
-            return FrozenModulatedConv2d(*shape, planes=planes, average=description.average, levels=levels)
         if one_bit:
-            return FrozenProjectionConv2d(*shape, levels=cast(Levels, description.stage))
-        return nn.Conv2d(*shape, bias=False)  # type: ignore[misc]  # a shape is five sizes at most
+            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **description.layer)
+        return nn.Conv2d(*shape, bias=False)  # type: ignore[misc]  # shape has at most five sizes
 
-    stages = None if description.stages is None else list(description.stages)
     try:
         with torch.device("meta"):
             network = build_backbone(
@@ -185,17 +172,17 @@ def _skeleton(description: Description) -> Network:
                 description.num_classes,
                 description.in_channels,
                 convolution,
-                SignActivation if one_bit and description.family == "PCNN" else nn.Identity,
-                stages=stages,
+                SignActivation if description.sign_activations else nn.Identity,
+                widths=None if description.widths is None else list(description.widths),
                 planes=description.planes,
             )
             return cast(Network, freeze(network))
-    except (ValueError, RuntimeError) as error:  # torch's own for more elements than it can count
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: more elements than torch can count
         raise InputError(f"there is no such network: {str(error).splitlines()[0]}") from error
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor, range | None]]:
-    """Name and value of all that a frozen network stores, and what its elements may be where they are packed."""
+    """Yield name and value of each tensor that a frozen network stores, and its symbols if it is packed as codes."""
     for name, tensor in network.state_dict().items():
         owner = network.get_submodule(name.rpartition(".")[0])
         yield name, tensor, getattr(owner, "symbols", None) if tensor.dtype == torch.int8 else None
@@ -226,10 +213,10 @@ def _pack(network: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(network: nn.Module, codes: Tensor, floats: Tensor) -> None:
-    """Give ``network`` its numbers, copied, in place of those that take no memory.
+    """Load copies of the values into ``network``, in place of its tensors without memory.
 
     Raises:
-        InputError: if a code stands for nothing.
+        InputError: if a code stands for no symbol.
     """
     state = {}
     for name, tensor, symbols in _tensors(network):
@@ -250,7 +237,7 @@ def _unpack(network: nn.Module, codes: Tensor, floats: Tensor) -> None:
 def _check_sizes(network: nn.Module, file: Any) -> None:
     sizes = {"codes": 0, "floats": 0}
     for _, shape, symbols in _layout(network):
-        count = math.prod(shape)  # of whole numbers without end, unlike numel()
+        count = math.prod(shape)  # Python integers do not overflow, unlike numel()
         if symbols is None:
             sizes["floats"] += count
         else:
@@ -272,8 +259,7 @@ def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object]:
         raise InputError("it has no metadata of a packed network") from None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"it has format version {version!r}, but pcnn_lightning {pcnn_lightning.__version__} reads "
-            f"version {FORMAT_VERSION}"
+            f"it has format version {version!r}, but pcnn_lightning {__version__} reads version {FORMAT_VERSION}"
         )
     return Description.from_dict(description), checksum
 

@@ -1,6 +1,6 @@
-"""Binary PCNN networks made fast on a CPU: blocks by XNOR and popcount, with the very logits of the frozen network.
+"""Fast CPU inference of binary networks: blocks by XNOR and popcount, with the same logits as the frozen network.
 
-What is not a block stays torch's own: the stem, the shortcuts' convolutions, pools and the classifier.
+The stem, shortcut convolutions, pools and the classifier run in torch.
 """
 
 from collections import OrderedDict
@@ -13,34 +13,34 @@ from torch import Tensor, nn
 from pcnn_lightning.backbones import Network, OneBitBlock
 from pcnn_lightning.deploy.binary_blocks import BinaryBlocks
 from pcnn_lightning.deploy.freeze import freeze
-from pcnn_lightning.deploy.layers import FrozenBatchNorm2d, FrozenModulatedConv2d, FrozenProjectionConv2d
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.layers import SignActivation
+from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, SignActivation
 
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 Child = tuple[str, nn.Module | None]
 
 PART = 32
-"""Images that go through a network together: more would leave the cache between any two of its layers."""
+"""Maximum number of images that pass through a network together: more would be evicted from the cache between
+layers."""
 
 
 def accelerate(network: AnyNetwork) -> AnyNetwork:
-    """Make a fast network for this CPU of a binary PCNN, which stays as it is.
+    """Convert a binary network, which is not changed, to a fast network for this CPU.
 
-    The fast one has the same methods, takes any batch size and image size, and runs on as many threads as torch does.
-    Its logits are those of the frozen network bit for bit. Larger batches than of 32 images are taken apart: then, what
-    torch's float convolutions make of 32 images counts, which is not to the last bit what they make of more.
+    The fast network has the same methods, takes any batch size and image size, and runs on as many threads as torch
+    does. Its logits are those of the frozen network bit for bit. Batches of more than 32 images are split: their logits
+    are those of batches of 32, from which torch's float convolutions on larger batches may differ in the last bit.
 
-    The first pass compiles for some seconds; later processes find the result in numba's cache.
+    The first pass takes some seconds to compile; later processes load the result from numba's cache.
 
     Args:
-        network: a PCNN in its binary stage: packed, frozen or trained. Blocks that are not binary stay as they are.
+        network: a packed, frozen or trained network with 1-bit activations; blocks that are not binary run in torch.
 
     Raises:
         InputError: if numba is missing, or nothing in the network can be accelerated.
     """
     try:
-        import numba  # noqa: F401  # the kernels ask for it only when they run
+        import numba  # noqa: F401  # the kernels import it only when they run
     except ImportError as error:
         raise InputError(f"the fast runtime needs numba ({error}): pip install '.[runtime]'") from error
     fast = freeze(network)
@@ -56,7 +56,7 @@ def accelerate(network: AnyNetwork) -> AnyNetwork:
 
 
 class InParts(nn.Sequential):
-    """Layers in sequence for batches of any size, at most 32 images at a time."""
+    """Sequential layers that process batches of any size, at most 32 images at a time."""
 
     def forward(self, images: Tensor) -> Tensor:
         run: Callable[[Tensor], Tensor] = super().forward
@@ -64,14 +64,14 @@ class InParts(nn.Sequential):
 
 
 def _replace(module: nn.Module) -> None:
-    """Put :class:`BinaryBlocks` in the place of blocks within ``module``, which is not itself one."""
+    """Replace blocks within ``module``, which is not one itself, by :class:`BinaryBlocks`."""
     children, module._modules = module._modules, OrderedDict()
     for name, child in _in_rows(list(children.items()), isinstance(module, nn.Sequential)):
         module._modules[name] = child
 
 
 def _in_rows(children: list[Child], sequential: bool) -> Iterator[Child]:
-    """The children, with blocks replaced: those that follow each other in a ``Sequential`` together."""
+    """Yield the children with blocks replaced; consecutive blocks of a ``Sequential`` are merged."""
     row: list[OneBitBlock] = []
     row_name = ""
     for name, child in children:
@@ -95,13 +95,13 @@ def _is_fit(block: nn.Module) -> bool:
         isinstance(block, OneBitBlock)
         and isinstance(block.norm, FrozenBatchNorm2d)
         and isinstance(block.activation, SignActivation)
-        and isinstance(block.conv, FrozenProjectionConv2d)
+        and type(block.conv) is FrozenConv2d
     ):
         return False
     convolution = block.conv
     return (
-        convolution.levels == "binary"
-        and convolution.scale.dtype == torch.float32
+        convolution.levels == 2
+        and (convolution.scale is None or convolution.scale.dtype == torch.float32)
         and convolution.kernel_size == (3, 3)
         and convolution.dilation == (1, 1)
         and not isinstance(convolution.padding, str)
@@ -110,20 +110,19 @@ def _is_fit(block: nn.Module) -> bool:
 
 
 def _keeps_shape(block: OneBitBlock) -> bool:
-    convolution = cast(FrozenProjectionConv2d, block.conv)
+    convolution = cast(FrozenConv2d, block.conv)
     alike = convolution.in_channels == convolution.out_channels and convolution.stride == convolution.padding == (1, 1)
     return alike and isinstance(block.shortcut, nn.Identity) and block.pool is None
 
 
 def _what_is_wrong(network: nn.Module) -> str:
     modules = list(network.modules())
-    layers = [module for module in modules if isinstance(module, FrozenProjectionConv2d)]
-    if any(isinstance(module, FrozenModulatedConv2d) for module in modules):
-        return "is an MCN, whose activations are real numbers"
+    layers = [module for module in modules if isinstance(module, FrozenConv2d)]
     if not layers:
         return "is of full precision"
-    if any(layer.levels == "ternary" for layer in layers):
+    if not any(isinstance(module, SignActivation) for module in modules):
+        return "has real activations"
+    if any(layer.levels == 3 for layer in layers):
         return "is ternary"
-    if any(layer.scale.dtype != torch.float32 for layer in layers):
-        return f"is of {layers[0].scale.dtype}"
-    return "has other blocks"
+    dtypes = [layer.scale.dtype for layer in layers if layer.scale is not None]
+    return f"is of {dtypes[0]}" if torch.float32 not in dtypes and dtypes else "has other blocks"

@@ -1,15 +1,16 @@
-"""Blocks of binary convolutions on bits, compiled by numba, whose functions take their types from what they are given.
+"""Blocks of binary convolutions on bits, compiled by numba, which infers types from the arguments.
 
-A sign is a bit, 1 for +1, and the bits of 64 channels are a word. Where bits differ, signs have the product -1: the sum
-of C products is ``C - 2 * popcount(x ^ weight)``. Two things are settled beforehand, see ``binary_blocks.py``:
+A sign is a bit, 1 for +1, and the bits of 64 channels form a word. Signs with different bits have the product -1, so
+the sum of C products is ``C - 2 * popcount(x ^ weight)``. Two things are prepared in ``binary_blocks.py``:
 
-- The sign of a batch norm is a comparison of its input with a threshold. Where the norm falls, the bit is inverted, and
-  so are those of the weights that it meets.
-- What lies beyond the border is 0, neither of the signs. Its words are 0, and what their popcounts bring is taken back.
+- The sign of a batch norm is a comparison of its input with a threshold. Where the norm is decreasing, its bit is
+  inverted, and so are the bits of the weights that it meets.
+- Padding is 0, which is neither sign. Its words are 0, and the contribution of their popcounts is canceled.
 
-The innermost loop goes over output channels, whose words lie side by side, and compares each with two windows of 3×3
-words in registers. Images enter and leave as torch has them, (B, C, H, W). In between, the few that are at work are
-pixels of channels, and all blocks take their turn before the next images: so they stay in the cache.
+The innermost loop runs over output channels, whose words are adjacent, and compares each of them with two windows of
+3×3 words in registers. Images enter and leave in torch's layout, (B, C, H, W). In between, the few images that are
+being processed are in channels-last layout, and all blocks are run on them before the next images, so that they stay in
+the cache.
 """
 
 import numpy as np
@@ -19,12 +20,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 WORD = 64
-TILE = 16  # floats in the widest of registers
+TILE = 16  # floats in the widest register
 
 
 @intrinsic
 def _popcount(typing_context, word):
-    """Number of ones in a word, of which the compiler makes vector instructions where there are any."""
+    """Number of ones in a word; the compiler emits vector instructions where available."""
 
     def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
@@ -62,8 +63,8 @@ def _compare_word(typing_context, values, thresholds, start):
 def _transpose_tile(typing_context, source, row, column, target):
     """``target[column : column + 16, row : row + 16] = source[row : row + 16, column : column + 16].T``.
 
-    The compiler would move number by number. Here, the upper and the lower half of the rows are shuffled into each
-    other like a deck of cards, four times.
+    The compiler would move one number at a time. Here, the upper and the lower half of the rows are interleaved, like a
+    riffle shuffle, four times.
     """
 
     def generate(context, builder, signature, arguments):
@@ -94,7 +95,7 @@ def _transpose_tile(typing_context, source, row, column, target):
 
 @njit(inline="always")
 def _window(bits, row, column, word):
-    """The 3×3 words of ``bits`` (H, W, words) whose first is at (row, column)."""
+    """The 3×3 words of ``bits`` (H, W, words) whose top left corner is at (row, column)."""
     return (
         bits[row, column, word],
         bits[row, column + 1, word],
@@ -110,7 +111,7 @@ def _window(bits, row, column, word):
 
 @njit(inline="always")
 def _differences(window, weight, channel):
-    """How many bits of the window are not those of an output channel of ``weight`` (9, O)."""
+    """Number of bits in which the window differs from an output channel of ``weight`` (9, O)."""
     return np.int32(
         _popcount(window[0] ^ weight[0, channel])
         + _popcount(window[1] ^ weight[1, channel])
@@ -126,18 +127,18 @@ def _differences(window, weight, channel):
 
 @njit
 def _convolve_row(bits, row, stride, weights, base, columns, scale, slope, stream):
-    """Convolve, scale, add and rectify a row of pixels.
+    """Convolve a row of pixels, scale the result, add the shortcut and apply the PReLU.
 
     Args:
-        bits: of the padded input, (H, W, words).
-        row: the first of the three that the output depends on.
-        stride: of the convolution.
+        bits: bits of the padded input, (H, W, words).
+        row: first of the three input rows that the output depends on.
+        stride: stride of the convolution.
         weights: (words, 9, O).
-        base: (kinds of columns, O), what ``-2 * popcount`` is added to.
-        columns: (W',), which kind each pixel is.
-        scale: of the layer.
-        slope: of the PReLU, (O,).
-        stream: (W', channels), what is added to the convolution, and then the output.
+        base: (kinds of columns, O), to which ``-2 * popcount`` is added.
+        columns: (W',), kind of each pixel.
+        scale: scale of each output channel, (O,).
+        slope: slope of the PReLU, (O,).
+        stream: (W', channels), the shortcut, which is replaced by the output.
     """
     words, _, channels = weights.shape
     width = len(columns)
@@ -160,8 +161,8 @@ def _convolve_row(bits, row, stride, weights, base, columns, scale, slope, strea
             counts, start, values = sums[pixel - column], base[columns[pixel]], stream[pixel]
             for channel in range(channels):
                 count = np.float32(counts[channel])
-                # Exact up to the product; then a rounding each for it, the sum and the slope, as in torch.
-                value = (start[channel] - (count + count)) * scale + values[channel]
+                # Exact up to the product; then the product, the sum and the slope are rounded, as in torch.
+                value = (start[channel] - (count + count)) * scale[channel] + values[channel]
                 values[channel] = value if value > 0 else value * slope[channel]
 
 
@@ -204,7 +205,7 @@ def _store(stream, tile, maps):
 
 @njit
 def _pool(pixels, scale, shift, fused, size, output):
-    """Average ``x * scale + shift`` over squares of one channel (H, W), adding in the order in which torch does."""
+    """Average ``x * scale + shift`` over squares of one channel (H, W), adding in the same order as torch."""
     height, width = pixels.shape
     for row in range(len(output)):
         sums, end = output[row], min(row * size + size, height)
@@ -238,38 +239,38 @@ def run_blocks(
     scales,
     slopes,
 ):
-    """Run images through N blocks, each: bits of a comparison → 3×3 convolution → add shortcut → PReLU.
+    """Run images through N blocks: comparison with thresholds → 3×3 convolution → add shortcut → PReLU.
 
     Args:
         images: (B, C, H, W) float32.
-        shortcuts: (B, O, H", W") float32, what is normalised, averaged and added in the first block; ``images``
-            themselves are added as they are; where B is 0, nothing is added. Later blocks add their input.
+        shortcuts: (B, O, H", W") float32, normalized, averaged and added in the first block; if it is ``images``
+            itself, it is added unchanged; if B is 0, nothing is added. Later blocks add their input.
         norm: scale and shift of the shortcuts, (2, O) float32.
-        pool: side of the squares over which they are averaged, the last ones of which are cut off by the border.
-        fused: whether scaling and shifting are rounded as one.
-        output: (B, O, H', W') float32, which is written.
-        at_once: images at work at a time.
-        stride: of the first convolution; where N > 1, 1.
-        padding: of the first convolution; where N > 1, 1.
-        thresholds: (N, words * 64) float32, what an input is compared with; of channels that are none, infinite.
+        pool: side of the squares over which shortcuts are averaged, which are cropped at the border.
+        fused: whether scaling and shifting are rounded as one operation.
+        output: (B, O, H', W') float32, written in place.
+        at_once: number of images that are processed at a time.
+        stride: stride of the first convolution; 1 if N > 1.
+        padding: padding of the first convolution; 1 if N > 1.
+        thresholds: (N, words * 64) float32, with which inputs are compared; infinite for padding channels.
         weights: (N, words, 9, O) uint64.
-        base: (N, kinds of rows, kinds of columns, O) float32, what ``-2 * popcount`` is added to.
-        rows: (H',), which kind each row of the output is.
-        columns: (W',), which kind each column is.
-        scales: (N,) float32, of the convolutions.
-        slopes: (N, O) float32, of the PReLUs.
+        base: (N, kinds of rows, kinds of columns, O) float32, to which ``-2 * popcount`` is added.
+        rows: (H',), kind of each output row.
+        columns: (W',), kind of each output column.
+        scales: (N, O) float32, scales of the convolutions.
+        slopes: (N, O) float32, slopes of the PReLUs.
     """
     blocks, words, _, channels = weights.shape
     total, in_channels, height, width = images.shape
     out_height, out_width = output.shape[2:]
     area, out_area, identity = height * width, out_height * out_width, images is shortcuts
-    # Windows are taken by twos: the last one of an odd row looks beyond.
+    # Windows are processed in pairs, the last of which reaches beyond a row of odd length.
     padded_width = max(width + 2 * padding, (out_width + out_width % 2 - 1) * stride + 3)
     bits = np.zeros((2, at_once, height + 2 * padding, padded_width, words), np.uint64)
     stream = np.zeros((at_once, out_height, out_width, -(-channels // WORD) * WORD), np.float32)
     entering = stream if identity else np.zeros((at_once, height, width, words * WORD), np.float32)
     averages = np.empty((at_once, channels, out_height, out_width), np.float32)
-    # The same, but for the places of pixels, which are one number.
+    # The same arrays with rows and columns flattened.
     flat_images, flat_output = images.reshape(total, in_channels, area), output.reshape(total, channels, out_area)
     flat_entering, flat_stream = entering.reshape(at_once, area, -1), stream.reshape(at_once, out_area, -1)
     flat_averages = averages.reshape(at_once, channels, out_area)

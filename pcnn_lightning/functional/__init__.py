@@ -1,21 +1,16 @@
-"""The equations as pure tensor functions; only torch is imported here.
+"""The equations of PCNN and MCN as pure tensor functions that depend on torch alone.
 
-Numbers in parentheses are those of chapter 3 of *Binary Neural Networks: Algorithms, Architectures, and Applications*.
+Numbers in parentheses are those of chapter 3 of *Binary Neural Networks: Algorithms, Architectures, and Applications*
+(Zhang, Xu, Lin, Wang and Doermann, CRC Press, 2023, https://doi.org/10.1201/9781003376132).
 """
 
-from pcnn_lightning.functional.modulation import kmeans_1d, modulate, nearest
-from pcnn_lightning.functional.projection import Levels, ProjectionForward, eta_square, project
-from pcnn_lightning.functional.signs import SignGradient, sign, sign_activation
-
-__all__ = [
-    "Levels",
-    "ProjectionForward",
-    "SignGradient",
-    "eta_square",
-    "kmeans_1d",
-    "modulate",
-    "nearest",
-    "project",
-    "sign",
-    "sign_activation",
-]
+from pcnn_lightning.functional.modulation import kmeans_1d as kmeans_1d
+from pcnn_lightning.functional.modulation import modulate as modulate
+from pcnn_lightning.functional.modulation import nearest as nearest
+from pcnn_lightning.functional.projection import ProjectionForward as ProjectionForward
+from pcnn_lightning.functional.projection import eta_square as eta_square
+from pcnn_lightning.functional.projection import project as project
+from pcnn_lightning.functional.signs import SignGradient as SignGradient
+from pcnn_lightning.functional.signs import sign as sign
+from pcnn_lightning.functional.signs import sign_activation as sign_activation
+from pcnn_lightning.functional.signs import straight_through as straight_through

@@ -1,15 +1,16 @@
-r"""Modulated convolutional networks: Wang et al., "Modulated Convolutional Networks", CVPR 2018.
+r"""Modulated convolutional networks (MCN).
 
-Shapes, with O = out_channels / K: kernels ``weight`` C is (O, in, kh, kw), M-Filters ``modulation`` M is (K, kh, kw),
-and the modulated kernels Q are (O * K, in, kh, kw) with ``Q[h * K + k] = Ĉ[h] ∘ |M_k|``.
+Wang et al., "Modulated Convolutional Networks", CVPR 2018,
+https://openaccess.thecvf.com/content_cvpr_2018/html/Wang_Modulated_Convolutional_Networks_CVPR_2018_paper.html.
+
+Shapes, with O = out_channels / K: the latent kernels ``weight`` C are (O, in, kh, kw), the M-Filters ``modulation`` M
+are (K, kh, kw) and the modulated kernels Q are (O * K, in, kh, kw) with ``Q[h * K + k] = Ĉ[h] ∘ |M_k|``.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcnn_lightning.functional.signs import sign
+from pcnn_lightning.functional.signs import sign, straight_through
 
 
 def modulate(
@@ -22,34 +23,47 @@ def modulate(
     average: bool = False,
     loss_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""Quantise kernels and modulate them by M-Filters; also return the filter loss of doing so.
+    r"""Quantize kernels, modulate them by M-Filters and compute the filter loss, as in MCN.
+
+    The method is that of
+    https://openaccess.thecvf.com/content_cvpr_2018/html/Wang_Modulated_Convolutional_Networks_CVPR_2018_paper.html,
+    the equation numbers are those of https://doi.org/10.1201/9781003376132. The forward pass is
 
     .. math::
         \hat C = a\,\mathrm{sign}(C), \qquad
         Q_{hk} = \hat C_h \circ |M_k| \quad (3.12\text{-}3.17), \qquad
         L_M = \frac{\theta}{2} \sum_k \lVert C - \hat C \circ |M_k| \rVert^2 \quad (3.18)
 
-    and the backward pass goes straight through the quantiser (3.20-3.27): with :math:`\delta_k` the gradient of the
-    task loss by :math:`Q_k`,
+    and the backward pass uses a straight-through estimator for the quantizer (3.20-3.27): with :math:`\delta_k` the
+    gradient of the task loss with respect to :math:`Q_k`,
 
     .. math::
         \frac{\partial L}{\partial C} &= \sum_k \delta_k \circ |M_k| + \theta \sum_k (C - \hat C \circ |M_k|) \\
         \frac{\partial L}{\partial |M_k|} &= \sum_{h,c} \bigl( \delta_k \circ \hat C
             - \theta\,(C - \hat C \circ |M_k|) \circ \hat C \bigr)
 
-    which reaches M_k multiplied by its sign, so that M and -M learn the same.
+    The gradient of \|M_k\| is multiplied by the sign of M_k, so that M and -M train identically.
 
     Args:
         weight: C, (O, in, kh, kw).
         modulation: M, (K, kh, kw).
-        scale: a; None takes mean|C|, recomputed every time and never differentiated.
-        centers: values that C is rounded to, (U,) in rising order, in place of ±a.
-        binarize: False leaves Ĉ = C (U-MCN, the reference).
-        average: each \|M_k\| replaced by its mean (MCN-1).
+        scale: a; None takes mean|C|, recomputed in each call and treated as a constant.
+        centers: the values to which C is rounded instead of ±a, (U,) in ascending order.
+        binarize: False keeps Ĉ = C (U-MCN, the unquantized reference).
+        average: replace each \|M_k\| by its mean (MCN-1).
         loss_weight: θ.
 
     Returns:
-        Q of shape (O * K, in, kh, kw) with ``Q[h * K + k] = Ĉ[h] ∘ |M_k|``, and the scalar L_M, in at least float32.
+        Q of shape (O * K, in, kh, kw) with ``Q[h * K + k] = Ĉ[h] ∘ |M_k|``, and the scalar L_M in at least float32.
+
+    Example:
+        >>> weight = torch.tensor([1.0, -3.0]).view(2, 1, 1, 1)  # two kernels, a = 2
+        >>> modulation = torch.tensor([1.0, -0.5]).view(2, 1, 1)  # K = 2 M-Filters, of which |M| acts
+        >>> kernels, loss = modulate(weight, modulation, loss_weight=1.0)
+        >>> kernels.flatten()  # Q[h * K + k]: both M-Filters of the first kernel, then both of the second
+        tensor([ 2.,  1., -2., -1.])
+        >>> loss
+        tensor(3.)
     """
     planes = modulation * sign(modulation.detach())
     if average:
@@ -60,42 +74,49 @@ def modulate(
         quantized = nearest(quantized, centers)
     elif binarize:
         quantized = (quantized.abs().mean() if scale is None else scale) * sign(quantized)
-    modulated = _StraightThrough.apply(weight, quantized).unsqueeze(1) * planes
+    modulated = straight_through(weight, quantized).unsqueeze(1) * planes
     residual = weight.unsqueeze(1) - quantized.unsqueeze(1) * planes
     residual = residual.to(torch.promote_types(weight.dtype, torch.float32))
     return modulated.flatten(0, 1), 0.5 * loss_weight * residual.square().sum()
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Pass ``quantized`` forward, exactly, and its gradient on to ``weight``."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor) -> tuple[Tensor, None]:
-        return grad_quantized, None
-
-
 def nearest(x: Tensor, centers: Tensor) -> Tensor:
-    """Round each element of ``x`` to the nearest of ``centers`` (U,), which rise; half-way ones to the higher."""
+    """Round each element of ``x`` to the nearest centre; ties go to the higher one.
+
+    :func:`modulate` quantizes kernels to more than two levels this way.
+
+    Args:
+        x: tensor of any shape.
+        centers: (U,), in ascending order.
+
+    Returns:
+        A tensor of the shape of ``x`` with values from ``centers``.
+
+    Example:
+        >>> nearest(torch.tensor([-0.9, 0.4, 0.5, 3.0]), torch.tensor([0.0, 1.0]))
+        tensor([0., 0., 1., 1.])
+    """
     return centers[torch.bucketize(x.contiguous(), (centers[1:] + centers[:-1]) / 2, right=True)]
 
 
 def kmeans_1d(x: Tensor, count: int, iterations: int = 100) -> Tensor:
-    """Centres of ``x`` in one dimension, by Lloyd's algorithm from its evenly spaced quantiles.
+    """Cluster the elements of ``x`` by Lloyd's algorithm, starting from evenly spaced quantiles.
 
-    Sorting makes a cluster an interval and its mean a difference of two prefix sums. Nothing is drawn, and all is
-    computed on the CPU, whose prefix sums are the same every time: equal elements give equal centres.
+    The result is what :func:`modulate` takes as ``centers``. It is deterministic: no random numbers are used, and
+    everything is computed on the CPU, whose prefix sums are reproducible. In sorted order, each cluster is an interval
+    and its mean a difference of two prefix sums.
 
     Args:
-        x: numbers, any shape.
+        x: tensor of any shape.
         count: U, number of centres.
-        iterations: at most so many, should the centres not have settled before.
+        iterations: maximum number of iterations; the algorithm stops earlier once the centres no longer change.
 
     Returns:
-        The centres, (U,), rising, in the type and on the device of ``x``.
+        The centres, (U,), in ascending order, with the dtype and device of ``x``.
+
+    Example:
+        >>> kmeans_1d(torch.tensor([11.0, 0.0, 10.0, 1.0]), count=2)
+        tensor([ 0.5000, 10.5000])
     """
     ordered = x.detach().flatten().cpu().double().sort().values
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])

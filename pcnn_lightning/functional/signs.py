@@ -1,4 +1,4 @@
-"""The sign of kernels and activations."""
+"""The sign function for kernels and activations."""
 
 from typing import Any, Literal
 
@@ -9,16 +9,26 @@ SignGradient = Literal["clip", "polynomial"]
 
 
 def sign(x: Tensor) -> Tensor:
-    """Sign with ``sign(0) = +1``, so that the result holds two values and never three.
+    """Return the sign of each element, with ``sign(0) = +1``, so that the result holds only -1 and +1.
 
-    A NaN is passed on rather than hidden in a -1, so that a broken run is noticed at its loss.
+    NaN stays NaN instead of becoming -1, so that a diverged run shows in its loss.
+
+    Args:
+        x: tensor of any shape.
+
+    Returns:
+        A tensor like ``x``.
+
+    Example:
+        >>> sign(torch.tensor([-2.0, -0.0, 0.0, 0.5]))
+        tensor([-1.,  1.,  1.,  1.])
     """
-    signs = x.sign().add_(0.5).sign_()  # three vectorised passes; torch.where takes ten times as long on a CPU
+    signs = x.sign().add_(0.5).sign_()  # three vectorized passes; torch.where is ten times slower on a CPU
     return signs.add_(x.clamp(-1, 1), alpha=0)  # 0 * NaN is NaN
 
 
 def sign_activation(x: Tensor, gradient: SignGradient = "clip") -> Tensor:
-    r"""Binarise activations, with a pseudo-gradient in place of the sign's own, which is zero.
+    r"""Binarize activations, replacing the gradient of the sign, which is zero almost everywhere, by a surrogate.
 
     .. math::
         \text{clip:}\quad \frac{\partial\,\mathrm{sign}}{\partial x} \approx 1_{|x| \le 1}
@@ -27,11 +37,22 @@ def sign_activation(x: Tensor, gradient: SignGradient = "clip") -> Tensor:
 
     Args:
         x: activations of any shape.
-        gradient: ``"clip"`` is the straight-through estimator of BinaryNet; ``"polynomial"`` is the derivative of
-            the piecewise second-order polynomial of Bi-Real Net.
+        gradient: ``"clip"`` is the straight-through estimator of BinaryNet (Courbariaux et al., 2016,
+            https://arxiv.org/abs/1602.02830); ``"polynomial"`` is the derivative of the piecewise second-order
+            polynomial of Bi-Real Net (Liu et al., 2018, https://arxiv.org/abs/1808.00278).
 
     Returns:
-        A tensor like ``x`` holding -1 and +1.
+        A tensor like ``x`` that holds -1 and +1.
+
+    Example:
+        >>> x = torch.tensor([-1.5, -0.5, 0.0, 0.75], requires_grad=True)
+        >>> y = sign_activation(x)
+        >>> y.detach()
+        tensor([-1., -1.,  1.,  1.])
+        >>> torch.autograd.grad(y.sum(), x)
+        (tensor([0., 1., 1., 1.]),)
+        >>> torch.autograd.grad(sign_activation(x, "polynomial").sum(), x)
+        (tensor([0.0000, 1.0000, 2.0000, 0.5000]),)
     """
     signs: Tensor = _SignActivation.apply(x, gradient)
     return signs
@@ -41,7 +62,7 @@ class _SignActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: SignGradient) -> Tensor:
         ctx.gradient = gradient
-        # The clip needs one bit of x; only the polynomial needs its value.
+        # The clip needs only a mask; the polynomial needs the values of x.
         ctx.save_for_backward(x.abs() <= 1 if gradient == "clip" else x)
         return sign(x)
 
@@ -51,3 +72,30 @@ class _SignActivation(torch.autograd.Function):
         if ctx.gradient == "clip":
             return grad_output * saved, None
         return grad_output * (2 - 2 * saved.abs()).clamp(min=0), None
+
+
+def straight_through(x: Tensor, values: Tensor) -> Tensor:
+    """Return ``values``, exactly, and pass their gradient on to ``x`` unchanged.
+
+    Args:
+        x: tensor of any shape.
+        values: tensor like ``x``.
+
+    Example:
+        >>> x = torch.tensor([0.2, -3.0], requires_grad=True)
+        >>> straight_through(x, sign(x)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+    passed: Tensor = _StraightThrough.apply(x, values)
+    return passed
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None

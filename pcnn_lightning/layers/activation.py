@@ -1,4 +1,4 @@
-"""Activations of one bit."""
+"""1-bit activations."""
 
 from typing import get_args
 
@@ -9,10 +9,10 @@ from pcnn_lightning.layers.checks import check_choice
 
 
 class SignActivation(nn.Module):
-    """Binarise activations to -1 and +1; see :func:`pcnn_lightning.functional.sign_activation`.
+    """Binarize activations to -1 and +1; see :func:`pcnn_lightning.functional.sign_activation`.
 
     Args:
-        gradient: ``"clip"`` passes the gradient where abs(x) <= 1, ``"polynomial"`` is Bi-Real Net's.
+        gradient: ``"clip"`` passes the gradient where abs(x) <= 1, ``"polynomial"`` is the estimator of Bi-Real Net.
 
     Raises:
         ValueError: if ``gradient`` is neither.

@@ -1,7 +1,7 @@
-"""What the 1-bit convolutions have in common."""
+"""The contract that every 1-bit convolution fulfils, and the layer that is left of one for inference."""
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,26 +9,28 @@ from torch import Tensor, nn
 
 from pcnn_lightning.layers.checks import check_choice, pair_of
 
+Padding = tuple[int, int] | Literal["valid", "same"]
+Scaling = Literal["layer", "channel", "none"]
 
-class QuantizedConv2d(nn.Module):
-    """A convolution whose kernels are made anew from fewer, learned ones, at a loss that is learned from too.
 
-    It convolves its input as it is and has neither bias nor groups. A subclass says how kernels are made
-    (:meth:`quantize`) and drawn (:meth:`reset_parameters`).
+class Storage(NamedTuple):
+    """Number of parameters that a layer stores for inference, by the bits each one takes."""
+
+    at_1_bit: int = 0
+    at_2_bits: int = 0
+    at_32_bits: int = 0
+
+
+class Convolution2d(nn.Module):
+    """Shape and arguments of a convolution without bias and groups, shared by trained and frozen layers.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output, a multiple of ``planes``.
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output.
         kernel_size: an integer or a pair.
         stride: an integer or a pair.
-        padding: an integer, a pair, ``"valid"`` or ``"same"``.
+        padding: an integer, a pair, ``"valid"`` or ``"same"``; the input is padded with zeros, also if it holds signs.
         dilation: an integer or a pair.
-        groups: 1. The argument exists so that another value is refused rather than dropped.
-        planes: how many kernels are made of each one learned.
-        planes_name: what the subclass calls that.
-
-    Attributes:
-        weight: C, (out_channels / planes, in_channels, kh, kw).
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
@@ -39,41 +41,112 @@ class QuantizedConv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int],
-        padding: int | tuple[int, int] | Literal["valid", "same"],
-        dilation: int | tuple[int, int],
-        groups: int,
-        planes: int,
-        planes_name: str,
+        stride: int | tuple[int, int] = 1,
+        padding: int | Padding = 0,
+        dilation: int | tuple[int, int] = 1,
     ) -> None:
         super().__init__()
-        kernel_size = pair_of("kernel_size", kernel_size, 1)
-        stride, dilation = pair_of("stride", stride, 1), pair_of("dilation", dilation, 1)
-        if isinstance(padding, str):
-            check_choice("padding", padding, ("valid", "same"))
-            if padding == "same" and stride != (1, 1):
-                raise ValueError(f"padding 'same' needs stride 1, but got stride {stride}")
-        else:
-            padding = pair_of("padding", padding, 0)
-        for name, count in (("in_channels", in_channels), ("out_channels", out_channels), (planes_name, planes)):
+        for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, but got {count!r}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = pair_of("kernel_size", kernel_size, 1), pair_of("stride", stride, 1)
+        self.dilation = pair_of("dilation", dilation, 1)
+        if isinstance(padding, str):
+            check_choice("padding", padding, ("valid", "same"))
+            if padding == "same" and self.stride != (1, 1):
+                raise ValueError(f"padding 'same' needs stride 1, but got stride {self.stride}")
+            self.padding: Padding = padding
+        else:
+            self.padding = pair_of("padding", padding, 0)
+
+    @property
+    def shape(self) -> tuple[int, int, tuple[int, int], tuple[int, int], Padding, tuple[int, int]]:
+        """The arguments above, in their order."""
+        return self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
+
+    def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """Convolve (B, in_channels, H, W) with ``kernels`` (out_channels, in_channels, kh, kw)."""
+        return F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}"
+        )
+
+
+class QuantizedConv2d(Convolution2d):
+    """Base class of 1-bit convolutions: quantizes its latent weights C and convolves with the result.
+
+    A subclass implements :meth:`quantize`. Everything else has a default that suits a plain binary layer, whose
+    kernels are signs times a scale, and is what the rest of the package asks a layer for: its second parameter, its
+    stages, its storage, its inference layer, the filters to draw, and the hooks that a training loop calls.
+
+    Args:
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output, a multiple of ``planes``.
+        kernel_size: an integer or a pair.
+        stride: an integer or a pair.
+        padding: an integer, a pair, ``"valid"`` or ``"same"``.
+        dilation: an integer or a pair.
+        groups: must be 1; grouped 1-bit convolutions are not supported.
+        planes: number of kernels made from each latent one.
+
+    Attributes:
+        weight: C, (out_channels / planes, in_channels, kh, kw).
+        stage: the stage that the layer is in, one of :attr:`stages`.
+
+    Raises:
+        ValueError: names the argument that is wrong, its value and what is allowed.
+    """
+
+    second_parameter: ClassVar[str | None] = None
+    """Name of the parameter learned at η₂; None if the layer has no other parameter than ``weight``."""
+    loss_name: ClassVar[str | None] = None
+    """Name of the quantization loss in the logs; None if the layer has none."""
+    planes_name: ClassVar[str] = "planes"
+    """Name of ``planes`` in error messages."""
+    filter_symbol: ClassVar[str] = "D"
+    """Symbol of what :meth:`filters` returns."""
+    stages: tuple[str, ...] = ("binary",)
+    """The stages that the layer can be in, in training order."""
+    scaling: Scaling = "channel"
+    """Whether kernels are signs times one scale per ``"layer"``, per ``"channel"`` or no scale (``"none"``)."""
+    convolves_signs: bool = True
+    """Whether kernels are signs times a scale, so that XNOR and popcount can convolve an input of signs."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | Padding = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        *,
+        planes: int = 1,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation)
+        if not isinstance(planes, int) or planes < 1:
+            raise ValueError(f"{self.planes_name} must be an integer of at least 1, but got {planes!r}")
         if out_channels % planes:
-            raise ValueError(f"{planes_name} must divide out_channels={out_channels}, but got {planes}")
+            raise ValueError(f"{self.planes_name} must divide out_channels={out_channels}, but got {planes}")
         if groups != 1:
             raise ValueError(f"groups must be 1 (grouped 1-bit convolutions are not supported), but got {groups}")
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.weight = nn.Parameter(torch.empty(out_channels // planes, in_channels, *kernel_size))
+        self.planes, self.stage = planes, self.stages[-1]
+        self.weight = nn.Parameter(torch.empty(out_channels // planes, in_channels, *self.kernel_size))
         self._loss_of_forward: Tensor | None = None
+        nn.init.kaiming_normal_(self.weight)
 
-    @abstractmethod
-    def quantize(self) -> tuple[Tensor, Tensor]:
-        """The kernels that convolve, (out_channels, in_channels, kh, kw), and the weighted loss of making them."""
-
-    @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw all parameters again: C as He et al., for the fan-in of the kernels that convolve."""
+        nn.init.kaiming_normal_(self.weight)
+
+    @abstractmethod
+    def quantize(self) -> tuple[Tensor, Tensor | None]:
+        """The kernels to convolve with, (out_channels, in_channels, kh, kw), and the weighted quantization loss."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, in_channels, H, W), as :func:`torch.nn.functional.conv2d` does.
@@ -86,46 +159,188 @@ class QuantizedConv2d(nn.Module):
                 f"expected an input of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}: "
                 f"this layer has in_channels={self.in_channels}"
             )
-        quantized, loss = self.quantize()
+        kernels, loss = self.quantize()
         if self.training and torch.is_grad_enabled():
-            # Kept for quantization_loss(): its gradient may need what will flow back through these very kernels.
+            # Kept for quantization_loss(): its gradient may need what flows back through these very kernels.
             self._loss_of_forward = loss
-        return self.convolve(x, quantized)
-
-    def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
-        """Convolve (B, in_channels, H, W) with the layer's stride, padding and dilation."""
-        return F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
+        if self.training or not self.convolves_signs:
+            return self.convolve(x, kernels)
+        # Sums of signs are whole numbers, exact in any order, so that every runtime gets the same bits.
+        scale = self._scale_of(kernels)
+        return self.convolve(x, kernels / scale) * scale[:, 0]
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
-        """The kernels as they convolve, (out_channels, in_channels, kh, kw), detached."""
+        """The kernels that convolve, (out_channels, in_channels, kh, kw), detached."""
         return self.quantize()[0]
 
-    def forget_forward(self) -> None:
-        """Drop the loss of the last forward pass, because what it was computed from has changed."""
-        self._loss_of_forward = None
+    def quantization_loss(self) -> Tensor | None:
+        """The weighted loss of quantizing the kernels (3.42 or 3.18): a scalar, at least float32; None without one.
 
-    def quantization_loss(self) -> Tensor:
-        """What making the kernels costs (3.42 or 3.18), weighted: a scalar, at least float32.
-
-        After a forward pass in training mode it belongs to that pass (once: it is handed out and forgotten);
-        otherwise it is computed from the parameters as they are.
+        After a forward pass in training mode it belongs to that pass, and is handed out once. Otherwise it is
+        computed from the current parameters.
         """
         if self._loss_of_forward is None or not torch.is_grad_enabled():
             return self.quantize()[1]
         loss, self._loss_of_forward = self._loss_of_forward, None
         return loss
 
+    # Stages and inference.
+
+    @property
+    def levels(self) -> int:
+        """Number of values that an element of a kernel can have, scales aside."""
+        return 3 if self.stage == "ternary" else 2
+
+    def set_stage(self, stage: str) -> None:
+        """Go to another of the layer's :attr:`stages`.
+
+        Raises:
+            ValueError: if the layer has no such stage.
+        """
+        check_choice("stage", stage, self.stages)
+        self.stage = stage
+        self.forget_forward()
+
+    @classmethod
+    def empty_frozen(cls, *shape: Any, stage: str, planes: int = 1, **options: Any) -> "FrozenConv2d":
+        """An inference layer of this kind whose numbers are still to be loaded, as from a packed file.
+
+        Args:
+            shape: the arguments of :class:`Convolution2d`.
+            stage: the stage of the trained layer.
+            planes: number of kernels made from each latent one; an ordinary inference layer stores all of them.
+            options: :attr:`FrozenConv2d.options` of the layer.
+        """
+        return FrozenConv2d(*shape, levels=3 if stage == "ternary" else 2, **options)
+
+    @torch.no_grad()
+    def frozen(self) -> "FrozenConv2d":
+        """The layer for inference, without latent weights."""
+        layer = self.empty_frozen(*self.shape, stage=self.stage, scaling=self.scaling).to(self.weight.device)
+        kernels = self.quantized_weight()
+        # Binary kernels of scale 0 are all 0, whatever their signs.
+        signs = kernels.sign() if self.levels == 3 else 1.0 - 2.0 * (kernels < 0)
+        layer.signs = signs.to(torch.int8)
+        if layer.scale is not None:
+            layer.scale = _largest(kernels, self.scaling).reshape(layer.scale.shape)
+        return layer
+
+    def storage(self) -> Storage:
+        """Number of parameters stored for inference, by the bits each one takes."""
+        return self.frozen().storage()
+
+    @torch.no_grad()
+    def filters(self) -> Tensor:
+        """The filters to draw over training, (n, kh, kw): here the first input channel of up to eight kernels."""
+        return self.quantized_weight()[:8, 0].clone()
+
+    # Hooks that a training loop calls. In a simple loop, none of them is needed.
+
+    def begin_training(self, split_updates: bool) -> None:
+        """Called before training. ``split_updates``: several batches or processes contribute to one update."""
+
+    def begin_epoch(self) -> None:
+        """Called before the first batch of each epoch."""
+
+    def before_step(self) -> None:
+        """Called before each optimizer step, when gradients are complete and unscaled."""
+
+    def pending(self) -> dict[str, Tensor]:
+        """State of an unfinished update, apart from gradients, to be saved in a checkpoint."""
+        return {}
+
+    def restore_pending(self, pending: dict[str, Tensor]) -> None:
+        """Restore what :meth:`pending` returned."""
+
+    # The loss of a forward pass.
+
+    def forget_forward(self) -> None:
+        """Drop the loss of the last forward pass, because the parameters or the stage have changed."""
+        self._loss_of_forward = None
+
     def train(self, mode: bool = True) -> "QuantizedConv2d":
-        self.forget_forward()  # nobody asked for it; do not keep its graph
+        self.forget_forward()  # a loss that nobody asked for would keep its graph alive
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What lives between forward and backward is no part of a copy; graph tensors cannot be copied at all.
+        # Tensors between forward and backward cannot be copied and are no part of a copy.
         return {**self.__dict__, "_loss_of_forward": None}
 
+    def _scale_of(self, kernels: Tensor) -> Tensor:
+        """Scale of the kernels, (1, 1, 1, 1) or (out_channels, 1, 1, 1); 1 for kernels that are all zero."""
+        largest = _largest(kernels.detach(), self.scaling)
+        return torch.where(largest > 0, largest, 1.0)
+
+
+class FrozenConv2d(Convolution2d):
+    """A 1-bit convolution for inference: ``conv2d(x, signs) * scale``. It has buffers only, and no parameters.
+
+    It sums signs and multiplies by the scale once, as trained layers do in evaluation mode. Sums of signs are whole
+    numbers and exact in any order: convolution and popcount yield the same bits.
+
+    Args:
+        levels: 2 for signs in {-1, 1}, 3 for {-1, 0, 1}.
+        scaling: one scale per ``"layer"``, per output ``"channel"``, or ``"none"``.
+
+    The other arguments are those of :class:`Convolution2d`.
+
+    Attributes:
+        signs: (out_channels, in_channels, kh, kw) int8.
+        scale: a scalar, or (out_channels, 1, 1), or None.
+        symbols: the values that an element of the int8 buffer can have, in the order of their codes in packed files.
+        options: keyword arguments of :meth:`QuantizedConv2d.empty_frozen`, apart from ``stage`` and ``planes``.
+    """
+
+    symbols: range
+    signs: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, *args: Any, levels: int = 2, scaling: Scaling = "layer", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if levels not in (2, 3):
+            raise ValueError(f"levels must be 2 or 3, but got {levels!r}")
+        check_choice("scaling", scaling, ("layer", "channel", "none"))
+        self.levels = levels
+        self.options: dict[str, Any] = {"scaling": scaling}
+        self.symbols = range(-1, 2, 2) if levels == 2 else range(-1, 2)
+        signs = torch.ones(self.out_channels, self.in_channels, *self.kernel_size, dtype=torch.int8)
+        scale = torch.ones((self.out_channels, 1, 1) if scaling == "channel" else ())
+        self.register_buffer("signs", signs)
+        self.register_buffer("scale", None if scaling == "none" else scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, in_channels, H, W)."""
+        assert self.signs is not None
+        sums = self.convolve(x, self.signs.to(x.dtype))
+        return sums if self.scale is None else sums * self.scale
+
+    def quantized_weight(self) -> Tensor:
+        """The kernels that convolve, (out_channels, in_channels, kh, kw)."""
+        assert self.signs is not None
+        if self.scale is None:
+            return self.signs.float()
+        return self.signs.to(self.scale.dtype) * self.scale.reshape(-1, 1, 1, 1)
+
+    def storage(self) -> Storage:
+        """Number of parameters stored, by the bits each one takes in a packed file."""
+        counts = [0, 0, 0]
+        for buffer in self.buffers():
+            counts[2 if buffer.is_floating_point() else len(self.symbols) > 2] += buffer.numel()
+        return Storage(*counts)
+
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}"
-        )
+        options = {"levels": self.levels, **self.options}
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in options.items())])
+
+
+def _largest(kernels: Tensor, scaling: Scaling) -> Tensor:
+    """Largest magnitude of all kernels, (1, 1, 1, 1), or of each, (out_channels, 1, 1, 1); 1 without scales."""
+    if scaling == "none":
+        return kernels.new_ones(1, 1, 1, 1)
+    return kernels.abs().amax(dim=(1, 2, 3) if scaling == "channel" else (0, 1, 2, 3), keepdim=True)
+
+
+def one_bit_layers(network: nn.Module) -> dict[str, QuantizedConv2d]:
+    """The 1-bit convolutions of a network in registration order, by their names in it."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, QuantizedConv2d)}

@@ -1,61 +1,81 @@
-"""What every family of 1-bit classifiers does alike: its network, its losses, its evaluation, its checkpoints."""
+"""The training loop of every family of 1-bit classifiers."""
 
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch.optim import Optimizer
 
 from pcnn_lightning.backbones import build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint
 from pcnn_lightning.errors import InputError, compile_failed
-from pcnn_lightning.layers import QuantizedConv2d
-from pcnn_lightning.losses import CenterLoss
-from pcnn_lightning.modules.metrics import SampleMean
-from pcnn_lightning.modules.two_rates import TwoRateModule
+from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
+from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
+from pcnn_lightning.modules.accumulation import synced_only_if, update_of
+from pcnn_lightning.modules.divergence import DivergenceWatch
+from pcnn_lightning.modules.metrics import EpochMeans, accuracy
+from pcnn_lightning.modules.optimization import (
+    GroupSettings,
+    begin_optimization,
+    group_settings,
+    make_optimizer,
+    set_rates,
+)
+from pcnn_lightning.modules.refusals import check_trainer
+from pcnn_lightning.modules.run_state import Pending, check_run, pending_update, restore_update, save_run
+from pcnn_lightning.modules.schedules import Schedule
+from pcnn_lightning.stages import STAGES
 
 
-class OneBitClassifier(TwoRateModule):
-    """Trains a network with cross-entropy, the loss of its 1-bit layers and, if wanted, center loss.
+class OneBitClassifier(LightningModule):
+    """Trains a network with 1-bit layers under manual optimization.
 
-    Arguments are primitives, so that a checkpoint loads by itself. All other keyword arguments are those of
-    :class:`TwoRateModule`. A subclass gives the layers: it calls :meth:`build_network` and names what η₂ learns.
+    All arguments are primitives, so that a checkpoint loads without further information. A subclass names its
+    ``family`` and calls :meth:`build_network` with its layers; the layers answer everything else.
 
     Args:
         num_classes: number of classes.
-        in_channels: channels of the images.
+        in_channels: number of channels of the images.
         backbone: a name in ``pcnn_lightning.backbones.BACKBONES``.
-        stages: kernel stages: maps of the stem and of each stage; None takes the backbone's own.
-        dropout: rate of it, in a backbone that has dropout.
-        label_smoothing: of the cross-entropy in training.
-        center_loss_weight: γ, weight of the center loss, a sum over an update's samples; 0 is off.
-        center_loss_alpha: α, the share of the way that a centre moves in an update.
+        widths: feature maps of the stem and of each stage; None takes the backbone's own.
+        dropout: dropout rate, for a backbone that has dropout.
+        full_precision: train the full-precision twin: the same network with ordinary convolutions and no sign.
+        eta1: η₁, learning rate of the kernels and all other ordinary parameters.
+        schedule: how η₁ changes over a stage: ``constant``, ``multistep``, ``cosine`` or ``exponential``.
+        milestones: shares of a stage at which ``multistep`` multiplies by ``decay``.
+        decay: factor of ``multistep`` (at each milestone) and ``exponential`` (after each epoch).
+        warmup_epochs: epochs of linear warm-up at the start of each stage.
+        optimizer: ``sgd`` or ``adam``.
+        momentum: momentum of ``sgd``.
+        nesterov: whether ``sgd`` uses Nesterov momentum.
+        weight_decay: weight decay of everything that is learned at η₁.
+        accumulate: batches per update; the batches left at the end of an epoch make a smaller update.
+        gradient_clip: largest norm of an update's gradient, over all parameters; None does not clip.
+        label_smoothing: label smoothing of the cross-entropy in training.
+        center_loss_weight: γ, weight of the center loss, a sum over the samples of an update; 0 turns it off.
+        center_loss_alpha: α, the share of the way that a center moves in an update.
         center_loss_start: the first epoch with center loss, or ``binary`` for the stage of that name.
-        init_from: a checkpoint whose network, stage aside, a new run starts from.
-        compile: whether to compile the backbone with ``torch.compile`` for training, once for each stage. On a CPU it
+        init_from: a checkpoint whose network a new run starts from; its stage is ignored.
+        compile: whether to compile the backbone with ``torch.compile`` for training, once per stage. On a CPU this
             takes a C++ compiler.
         channels_last: whether the backbone works on channels-last tensors.
+
+    Attributes:
+        net: the network.
+        terms: the terms of the loss, by their names in the logs.
+        stage: the current stage, a key of ``pcnn_lightning.stages.STAGES``.
+        planes: J or K, channels per feature map.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
 
-    center_loss: CenterLoss | None
     family: str
-    """``PCNN`` or ``MCN``, also of a subclass."""
-    trained_stages: tuple[str, ...]
-    """The stages that a run of this family goes through, in order."""
-    layer_loss = "projection_loss"
-    """What the logs call the loss of the 1-bit layers."""
-
-    @property
-    def train_losses(self) -> tuple[str, ...]:
-        """Names of the losses of training, the first of which is the sum of the others."""
-        return "loss", "cross_entropy", self.layer_loss, "center_loss"
+    """Name in ``pcnn_lightning.families.FAMILIES``; a subclass of a family keeps it."""
 
     def __init__(
         self,
@@ -63,8 +83,20 @@ class OneBitClassifier(TwoRateModule):
         num_classes: int = 10,
         in_channels: int = 3,
         backbone: str = "wrn22",
-        stages: list[int] | None = None,
+        widths: list[int] | None = None,
         dropout: float = 0.0,
+        full_precision: bool = False,
+        eta1: float = 0.1,
+        schedule: Schedule = "multistep",
+        milestones: list[float] = [0.3, 0.6, 0.8],  # noqa: B006  (never changed; --help shows it)
+        decay: float = 0.2,
+        warmup_epochs: float = 0.0,
+        optimizer: Literal["sgd", "adam"] = "sgd",
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 3e-4,
+        accumulate: int = 1,
+        gradient_clip: float | None = None,
         label_smoothing: float = 0.0,
         center_loss_weight: float = 0.0,
         center_loss_alpha: float = 0.5,
@@ -72,275 +104,335 @@ class OneBitClassifier(TwoRateModule):
         init_from: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
-        **optimization: Any,
     ) -> None:
-        super().__init__(**optimization)
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, but got {num_classes}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), but got {label_smoothing}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1 batch per update, but got {accumulate}")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be positive or null, but got {gradient_clip}")
+        if optimizer not in ("sgd", "adam"):
+            raise ValueError(f"optimizer must be one of sgd, adam, but got {optimizer!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), but got {momentum}")
         if center_loss_start != "binary" and (not isinstance(center_loss_start, int) or center_loss_start < 0):
             raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        shape = (schedule, tuple(milestones), decay, warmup_epochs)
+        self.groups: tuple[GroupSettings, ...] = (group_settings("eta1", eta1, *shape, weight_decay),)
+        self._terms = nn.ModuleDict({"cross_entropy": CrossEntropy(label_smoothing)})
+        self.val_accuracy, self.test_accuracy = accuracy(num_classes), accuracy(num_classes)
+        self.stage, self.stage_start = "full_precision", 0
+        self.stage_end: int | None = None
+        self.divergence = DivergenceWatch()
         self._memory_format = torch.contiguous_format
-        # Checking its arguments would wait for the device in every batch.
-        # The means of an epoch are kept here, not by Lightning, so that a checkpoint within the epoch can hold them.
-        self.train_means = nn.ModuleDict({name: SampleMean() for name in self.train_losses})
-        self.train_means["accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self._within_update = False  # gradients of some of an update's batches wait for the others
+        self._pending: Pending | None = None  # of a checkpoint just loaded
 
     def build_network(
-        self, convolution: Callable[..., nn.Module] | None, activation: Callable[[], nn.Module], planes: int
+        self,
+        convolution: Callable[..., nn.Module],
+        activation: Callable[[], nn.Module] = SignActivation,
+        planes: int = 1,
     ) -> None:
-        """Build the backbone, and the center loss that goes with it.
+        """Build the backbone and the loss terms that go with it.
 
         Args:
-            convolution: makes a 1-bit layer, as the backbones ask; None builds ordinary ones.
-            activation: makes what binarises a layer's input, or ``nn.Identity``.
-            planes: channels per map.
+            convolution: makes a 1-bit layer, as the backbones ask for it.
+            activation: makes the activation in front of a 1-bit layer; ``nn.Identity`` for real activations.
+            planes: channels per feature map.
         """
         hparams = self.hparams
+        self.planes = planes
         self.net = build_backbone(
             hparams["backbone"],
             hparams["num_classes"],
             hparams["in_channels"],
-            _plain_convolution if convolution is None else convolution,
-            activation,
-            stages=hparams["stages"],
+            plain_convolution if hparams["full_precision"] else convolution,
+            nn.Identity if hparams["full_precision"] else activation,
+            widths=hparams["widths"],
             planes=planes,
             dropout=hparams["dropout"],
         )
-        weight, alpha = hparams["center_loss_weight"], hparams["center_loss_alpha"]
+        layers = list(self.one_bit_layers.values())
+        if names := dict.fromkeys(layer.loss_name for layer in layers if layer.loss_name is not None):
+            name = next(iter(names))
+            self._terms[name] = QuantizationLoss(name.replace("_", " "))
         classifier = self.net.classifier
+        options = [hparams[f"center_loss_{name}"] for name in ("weight", "alpha", "start")]
         try:
-            center_loss = CenterLoss(classifier.out_features, classifier.in_features, weight, alpha)
+            center_loss = CenterLoss(classifier.out_features, classifier.in_features, *options)
         except ValueError as error:
             raise ValueError(f"center_loss_{error}") from None  # the name that its argument has here
-        self.center_loss = center_loss if weight > 0 else None
+        if center_loss.weight > 0:
+            self._terms["center_loss"] = center_loss
+        self.train_means = EpochMeans(["loss", *self.terms], hparams["num_classes"])
+        self.stage = layers[0].stage if layers else "full_precision"
+
+    def twin(self) -> "OneBitClassifier":
+        """An untrained full-precision twin: the same widths, blocks and hyperparameters, with ordinary convolutions."""
+        hparams = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        return type(self)(**{**hparams, "full_precision": True})
 
     @property
-    def one_bit_layers(self) -> list[QuantizedConv2d]:
-        """The 1-bit convolutions, from input to output."""
-        return [layer for layer in self.net.modules() if isinstance(layer, QuantizedConv2d)]
-
-    def penalty(self) -> Tensor:
-        """The loss of all 1-bit layers, each weighted with λ (3.42) or θ (3.18): a scalar."""
-        losses = [layer.quantization_loss() for layer in self.one_bit_layers]
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+    def terms(self) -> dict[str, LossTerm]:
+        """The terms of the loss, by their names in the logs."""
+        return cast(dict[str, LossTerm], dict(self._terms.items()))
 
     @property
-    def center_loss_now(self) -> CenterLoss | None:
-        """The center loss, if it has begun."""
-        start = self.hparams["center_loss_start"]
-        waits = self.stage == "ternary" if start == "binary" else self.current_epoch < start
-        return None if waits else self.center_loss
+    def one_bit_layers(self) -> dict[str, QuantizedConv2d]:
+        """The 1-bit convolutions from input to output, by their names in :attr:`net`."""
+        return one_bit_layers(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, in_channels, H, W)."""
-        logits: Tensor = self.net(images)
+        logits: Tensor = self.net.classifier(self._features_of(images))
         return logits
 
-    def _features_of(self, images: Tensor) -> Tensor:
-        images = images.to(self.dtype, memory_format=self._memory_format)
-        if self._compiled is None or not self.training:
-            # Evaluation would compile four times more: for its mode and its smaller last batch, in each stage.
-            return cast(Tensor, self.net.features(images))
-        try:
-            return self._compiled(images)
-        except TorchDynamoException as error:
-            raise compile_failed(error) from error
+    # Stages.
+
+    @property
+    def trained_stages(self) -> tuple[str, ...]:
+        """The stages that the layers can be trained in, in order."""
+        return next((layer.stages for layer in self.one_bit_layers.values()), ("full_precision",))
+
+    def set_stage(self, stage: str) -> None:
+        """Put every layer into ``stage``."""
+        if stage not in self.trained_stages:
+            raise ValueError(f"stage must be one of {', '.join(self.trained_stages)}, but got {stage!r}")
+        self.stage = stage
+        for layer in self.one_bit_layers.values():
+            layer.set_stage(stage)
+
+    def begin_stage(self, stage: str, epoch: int) -> None:
+        """Go to ``stage`` at the start of ``epoch``: schedules and the optimizer's state begin anew."""
+        self.set_stage(stage)
+        self.stage_start, self.stage_end = epoch, None
+        self._optimizer().state.clear()
+
+    # Training.
+
+    def setup(self, stage: str) -> None:
+        check_trainer(self.trainer)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters learned at η₁ and, if there are any, at η₂, by the names that the groups have in the logs."""
+        layers = [layer for layer in self.one_bit_layers.values() if layer.second_parameter is not None]
+        second = [cast(nn.Parameter, getattr(layer, str(layer.second_parameter))) for layer in layers]
+        taken = {id(parameter) for parameter in second}
+        groups = {"kernels": [parameter for parameter in self.parameters() if id(parameter) not in taken]}
+        return {**groups, f"{layers[0].second_parameter}s": second} if second else groups
+
+    def configure_optimizers(self) -> Optimizer:
+        return make_optimizer(self.parameter_groups(), self.groups, self.hparams)
 
     def prepare_features(self, *, compile: bool, channels_last: bool) -> None:
         """Lay out and compile the backbone for training."""
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self._memory_format)
-        self._compiled = torch.compile(self.net.features.forward) if compile else None
-
-    # Training.
+        if compile:
+            self.net.features.compile()
 
     def on_fit_start(self) -> None:
         if self.hparams["init_from"] is not None and self.trainer.ckpt_path is None:
-            self._start_from(self.hparams["init_from"])
+            self.start_from(self.hparams["init_from"])
         self.prepare_features(compile=self.hparams["compile"], channels_last=self.hparams["channels_last"])
 
     def on_train_start(self) -> None:
-        if self.center_loss is not None:
-            self.center_loss.gathered = None  # of a run that was broken off in this process
-        super().on_train_start()
+        begin_optimization(self._optimizer(), self.groups, self, self.trainer)
+        self.stage_start = min(self.stage_start, self.current_epoch)  # a loaded network may begin a new run
+        split_updates = self.hparams["accumulate"] > 1 or self.trainer.world_size > 1
+        for layer in self.one_bit_layers.values():
+            layer.begin_training(split_updates)
+        self.zero_grad()  # of a run that was interrupted in this process
+        self._within_update = self._pending is not None
+        restore_update(self, self._pending or {})
+        self._pending = None
         self._logged_epoch = -1
-        if self.trainer.ckpt_path is not None:  # perhaps of an epoch with no more batches to come, but its end
+        if self.trainer.ckpt_path is not None:  # the checkpoint may be of an epoch without further batches
             self._log_means()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
         if batch_idx == 0:
-            self._check_labels(labels)  # once an epoch: looking at a label's value waits for the device
-            for mean in self._means().values():
-                mean.reset()  # a checkpoint from the end of an epoch still holds its means
-        # 3.60 is a sum over all samples of an update, while micro-batches and processes are averaged.
-        losses, logits = self.losses(images, labels, self.update_of(batch_idx)[2] * self.trainer.world_size)
+            self._begin_epoch(labels)
+        update = update_of(batch_idx, self.hparams["accumulate"], self.trainer.num_training_batches)
+        if update.position == 0:
+            set_rates(self._optimizer(), self.groups, self, self.trainer, update.index)
+
+        losses, logits = self.losses(images, labels, update.size * self.trainer.world_size)
         loss = torch.stack(list(losses.values())).sum()
-        self.update(loss, batch_idx)
+        self.divergence.watch(loss, self.global_step)
+        with synced_only_if(update.is_complete, self.trainer):
+            self.manual_backward(loss / update.size)
+        self._within_update = not update.is_complete
+        if update.is_complete:
+            self.step()
 
         losses = {name: value.detach() for name, value in {"loss": loss, **losses}.items()}
-        means = self._means()
-        for name, value in losses.items():
-            means[name].update(value, len(labels))
-        means["accuracy"].update(logits, labels)
-        if self._logged_epoch != self.current_epoch:  # once an epoch: what is logged is a metric, not a value
-            self._logged_epoch = self.current_epoch
+        self.train_means.add(losses, logits, labels)
+        if self._logged_epoch != self.current_epoch:  # once an epoch is enough to log a metric
             self._log_means()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and (batch_idx + 1) % every == 0:
+            self.divergence.check(self)
         return losses
 
-    def losses(self, images: Tensor, labels: Tensor, averaged: int = 1) -> tuple[dict[str, Tensor], Tensor]:
-        """What is learned from, by name, each a weighted scalar, and the logits (B, num_classes).
+    def losses(self, images: Tensor, labels: Tensor, batches: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+        """The weighted terms of the training loss by name, and the logits (B, num_classes).
 
         Args:
             images: (B, in_channels, H, W).
             labels: (B,).
-            averaged: over how many batches the loss of an update is the mean.
+            batches: number of batches and processes that the loss of an update is averaged over.
         """
-        features = self._features_of(images)
-        logits = self.net.classifier(features)
-        losses = {
-            "cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"]),
-            self.layer_loss: self.penalty(),
-        }
-        if (center_loss := self.center_loss_now) is not None:
-            losses["center_loss"] = center_loss(features, labels) * averaged
-        return losses, logits
+        outputs = self._outputs(images, labels)
+        begun = {name: term for name, term in self.terms.items() if self.has_begun(term)}
+        return {name: term.value(outputs, batches) for name, term in begun.items()}, outputs.logits
+
+    def has_begun(self, term: LossTerm) -> bool:
+        """Whether a term takes part in the loss yet."""
+        if isinstance(term.start, int):
+            return self.current_epoch >= term.start
+        stages = self.trained_stages
+        return term.start not in stages or stages.index(self.stage) >= stages.index(term.start)
 
     def step(self) -> None:
-        super().step()
-        if self.center_loss is not None:
-            self.center_loss.step()
+        """Step the optimizer with the gradients of an update."""
+        optimizer = self.optimizers()
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        for term in self.terms.values():
+            term.step()
 
-    def pending(self) -> dict[str, Tensor]:
-        gathered = None if self.center_loss is None else self.center_loss.gathered
-        if gathered is None:
-            return super().pending()
-        return {**super().pending(), "gathered": self.trainer.strategy.reduce(gathered, reduce_op="mean")}
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for layer in self.one_bit_layers.values():
+            layer.before_step()
+        # Under 16-mixed, gradients are unscaled here and not before.
+        if self.hparams["gradient_clip"] is not None:
+            self.clip_gradients(optimizer, self.hparams["gradient_clip"], "norm")
 
-    def restore_pending(self, pending: dict[str, Tensor]) -> None:
-        super().restore_pending(pending)
-        if self.center_loss is not None and "gathered" in pending:
-            self.center_loss.gathered = pending["gathered"].to(self.center_loss.centers)
+    def on_train_epoch_end(self) -> None:
+        self.divergence.check(self)
+        rates = {f"lr/{group['name']}": group["lr"] for group in self._optimizer().param_groups}
+        self.log_dict({**rates, "stage": float(STAGES[self.stage])})
+
+    def _begin_epoch(self, labels: Tensor) -> None:
+        # In the first batch and not in on_train_epoch_start, which Lightning skips after some resumes.
+        low, high = labels.aminmax()
+        classes = self.hparams["num_classes"]
+        if low < 0 or high >= classes:
+            raise InputError(f"labels must lie in [0, {classes - 1}], but the batch has {int(low)} to {int(high)}")
+        self.train_means.reset()  # a checkpoint from the end of an epoch still holds its means
+        for layer in self.one_bit_layers.values():
+            layer.begin_epoch()
+
+    def _outputs(self, images: Tensor, labels: Tensor) -> Outputs:
+        features = self._features_of(images)
+        return Outputs(features, self.net.classifier(features), labels, list(self.one_bit_layers.values()))
+
+    def _features_of(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype, memory_format=self._memory_format)
+        if not self.training:
+            # Past the compiled call: evaluation would compile four more times, for its mode and its last batch.
+            return cast(Tensor, self.net.features.forward(images))  # type: ignore[no-untyped-call]
+        try:
+            return cast(Tensor, self.net.features(images))
+        except TorchDynamoException as error:
+            raise compile_failed(error) from error
+
+    def _optimizer(self) -> Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, Optimizer)
+        return optimizer
+
+    def _log_means(self) -> None:
+        self._logged_epoch = self.current_epoch
+        held = {f"train/{name}": mean for name, mean in self.train_means.held().items()}
+        self.log_dict(held, on_step=False, on_epoch=True)
 
     # Evaluation.
 
+    def on_validation_model_zero_grad(self) -> None:
+        if not self._within_update:
+            super().on_validation_model_zero_grad()
+
     def on_validation_epoch_start(self) -> None:
-        self._evaluation_penalty = self.penalty()
+        self._begin_evaluation()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        losses = self._evaluate("val", batch, self.val_accuracy)
+        self.divergence.watch(losses["cross_entropy"], self.global_step)
+
+    def on_validation_epoch_end(self) -> None:
+        self.divergence.check(self)
 
     def on_test_epoch_start(self) -> None:
-        self._evaluation_penalty = self.penalty()
+        self._begin_evaluation()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, self.test_accuracy)
 
     def predict_step(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """Label (B,) and its probability (B,) of each of ``images`` (B, in_channels, H, W)."""
+        """Label (B,) and its probability (B,) for each of ``images`` (B, in_channels, H, W)."""
         probabilities, labels = self(images.to(self.dtype)).float().softmax(dim=1).max(dim=1)
         return {"label": labels, "probability": probabilities}
 
-    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        features = self._features_of(images)
-        logits = self.net.classifier(features)
-        cross_entropy = F.cross_entropy(logits, labels)
-        losses = {
-            "loss": cross_entropy + self._evaluation_penalty,
-            "cross_entropy": cross_entropy,
-            self.layer_loss: self._evaluation_penalty,
-        }
-        if split == "val" and (center_loss := self.center_loss_now) is not None:
-            # Shown on the scale of an update, but no part of the loss.
-            batches = self.hparams["accumulate"] * self.trainer.world_size
-            losses["center_loss"] = center_loss(features, labels) * batches
-        if split == "val":
-            self.watch(cross_entropy)
-        accuracy = self.val_accuracy if split == "val" else self.test_accuracy
-        accuracy.update(logits, labels)
-        values = {f"{split}/{name}": value for name, value in losses.items()}
-        self.log_dict(values, batch_size=len(labels), sync_dist=True)
-        self.log(f"{split}/accuracy", accuracy, batch_size=len(labels), prog_bar=True)
+    def _begin_evaluation(self) -> None:
+        layers = list(self.one_bit_layers.values())
+        for term in self.terms.values():
+            term.begin_evaluation(layers)
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor], metric: nn.Module) -> dict[str, Tensor]:
+        outputs = self._outputs(*batch)
+        terms = {name: term for name, term in self.terms.items() if term.in_evaluation}
+        shown = {} if split == "test" else {name: term for name, term in self.terms.items() if self.has_begun(term)}
+        batches = self.hparams.get("accumulate", 1) * self.trainer.world_size
+        losses = {name: term.value(outputs, batches) for name, term in {**terms, **shown}.items()}
+        losses["loss"] = torch.stack([losses[name] for name in terms]).sum()
+        metric.update(outputs.logits, outputs.labels)  # type: ignore[operator]
+        size = len(outputs.labels)
+        self.log_dict({f"{split}/{name}": loss for name, loss in losses.items()}, batch_size=size, sync_dist=True)
+        self.log(f"{split}/accuracy", metric, batch_size=size, prog_bar=True)  # type: ignore[arg-type]
+        return losses
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        self.check_finite()
-        for name, tensor in self.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                self.diverged(f"{name} holds NaN or infinite values")
-        checkpoint["one_bit"] = {
-            "family": self.family,
-            "stage": self.stage,
-            "stage_start": self.stage_start,
-            "optimizer": self.hparams["optimizer"],
-            "train_means": {name: self._sums(mean) for name, mean in self._means().items() if mean.update_called},
-        }
+        self.divergence.check_state(self)
+        checkpoint["one_bit"] = save_run(self)
+        if self._within_update:
+            checkpoint["pending"] = pending_update(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("one_bit", {})
-        if saved.get("family") != self.family:
-            raise InputError(
-                f"the checkpoint holds a {saved.get('family', 'model that pcnn_lightning did not train')}, "
-                f"not a {self.family}"
-            )
-        check_same_tensors(self.state_dict(), checkpoint["state_dict"])
-        if self.is_fitting and (optimizer := saved.get("optimizer")) != self.hparams["optimizer"]:
-            raise InputError(
-                f"the checkpoint has the state of optimizer {optimizer}, which {self.hparams['optimizer']} "
-                "cannot go on from: name the same one, or start a new run with init_from"
-            )
-        super().on_load_checkpoint(checkpoint)
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        check_run(self, checkpoint, fitting)
+        self._pending = checkpoint.get("pending") if fitting else None
         try:
-            self.restore(saved)
+            self.restore(checkpoint["one_bit"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
-                f"the checkpoint is damaged: what it says of its run is no use ({type(error).__name__}: {error})"
+                f"the checkpoint is damaged: its record of the run cannot be used ({type(error).__name__}: {error})"
             ) from error
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Take up the run that :meth:`on_save_checkpoint` has described."""
-        for name, state in saved["train_means"].items():
-            mean = self._means()[name]
-            for part, value in state.items():  # sums over all processes, for one of them to take up
-                setattr(mean, part, value.to(self.device) * (self._trainer is None or self.global_rank == 0))
-            mean._update_count = 1  # what a metric goes by to tell whether it holds anything
+        """Restore the record of a run; see :func:`save_run`."""
+        self.train_means.restore(saved["train_means"], self._trainer is None or self.global_rank == 0)
         self.set_stage(saved["stage"])
-        self.stage_start, self.stage_end = saved["stage_start"], None  # its end is the callback's to say
+        self.stage_start, self.stage_end = saved["stage_start"], None  # its end is for the callback to say
 
-    def _means(self) -> dict[str, Metric]:
-        return cast(dict[str, Metric], dict(self.train_means.items()))
-
-    def _sums(self, mean: Metric) -> dict[str, Tensor]:
-        state = cast(dict[str, Tensor], mean.metric_state)
-        return {part: self.trainer.strategy.reduce(value.clone(), reduce_op="sum") for part, value in state.items()}
-
-    def _log_means(self) -> None:
-        held = {f"train/{name}": mean for name, mean in self._means().items() if mean.update_called}
-        self.log_dict(held, on_step=False, on_epoch=True)
-
-    def _start_from(self, path: str) -> None:
+    def start_from(self, path: str) -> None:
+        """Take the network, but not the stage, from a checkpoint."""
         state = load_checkpoint(path)["state_dict"]
         network = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
         check_same_tensors(self.net.state_dict(), network)
         self.net.load_state_dict(network)
 
-    def _check_labels(self, labels: Tensor) -> None:
-        low, high = labels.aminmax()
-        classes = self.hparams["num_classes"]
-        if low < 0 or high >= classes:
-            raise InputError(f"labels must lie in [0, {classes - 1}], but the batch has {int(low)} to {int(high)}")
 
-
-def _plain_convolution(
+def plain_convolution(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, *, planes: int = 1
 ) -> nn.Conv2d:
-    """The full-precision twin of a 1-bit layer, which has no use for planes."""
+    """An ordinary convolution in place of a 1-bit layer of any number of planes."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)

@@ -1,13 +1,19 @@
-"""What is measured while a network is trained."""
+"""Means over an epoch of training."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
 
 class SampleMean(Metric):
-    """Mean over samples of a value known by batches, which, unlike torchmetrics' own, never waits for the device."""
+    """Mean of a value over samples; unlike torchmetrics' own it does not check values, which waits for the device."""
 
+    full_state_update = False
     total: Tensor
     samples: Tensor
 
@@ -22,3 +28,63 @@ class SampleMean(Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.samples
+
+
+def accuracy(num_classes: int) -> MulticlassAccuracy:
+    """Share of samples with the right label."""
+    # Checking its arguments would wait for the device in every batch.
+    return MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+
+
+class EpochMeans(nn.ModuleDict):
+    """Losses and accuracy over an epoch of training.
+
+    They are kept here rather than by Lightning, so that a checkpoint within an epoch can hold them.
+
+    Args:
+        losses: names of the losses.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, losses: Sequence[str], num_classes: int) -> None:
+        super().__init__({**{name: SampleMean() for name in losses}, "accuracy": accuracy(num_classes)})
+
+    def add(self, losses: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: ``losses`` by name, ``logits`` (B, num_classes) and ``labels`` (B,)."""
+        for name, mean in self._metrics():
+            if name == "accuracy":
+                mean.update(logits, labels)
+            elif name in losses:
+                mean.update(losses[name], len(labels))
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        for _, mean in self._metrics():
+            mean.reset()
+
+    def held(self) -> dict[str, Metric]:
+        """The means of at least one batch, by name."""
+        return {name: mean for name, mean in self._metrics() if mean.update_called}
+
+    def sums(self, strategy: Strategy) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of them, summed over all processes."""
+        return {
+            name: {
+                part: strategy.reduce(value.clone(), reduce_op="sum")
+                for part, value in mean.metric_state.items()
+                if isinstance(value, Tensor)
+            }
+            for name, mean in self.held().items()
+        }
+
+    def restore(self, sums: dict[str, dict[str, Tensor]], first_process: bool) -> None:
+        """Take up :meth:`sums` again, in the first process only."""
+        for name, state in sums.items():
+            mean = self[name]
+            assert isinstance(mean, Metric)
+            for part, value in state.items():
+                setattr(mean, part, value.to(mean.device) * first_process)
+            mean._update_count = 1  # a metric without updates counts as empty
+
+    def _metrics(self) -> Iterator[tuple[str, Metric]]:
+        return ((name, mean) for name, mean in self.items() if isinstance(mean, Metric))

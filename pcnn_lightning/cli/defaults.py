@@ -1,0 +1,75 @@
+"""What every run has unless its configuration or a flag changes it: a folder, logs, checkpoints and recorders."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from pcnn_lightning.callbacks import (
+    Diversity,
+    FilterCurves,
+    FlipRatio,
+    GradientNorms,
+    KernelHistograms,
+    LossCurves,
+    StageCheckpoint,
+    StageProgressBar,
+    StageSwitch,
+)
+
+OPTIONAL: dict[str, type[Callback]] = {"stage_switch": StageSwitch}
+"""Callbacks that a run has only if its configuration says so."""
+
+DEFAULTS: dict[str, type[Callback]] = {
+    "loss_curves": LossCurves,
+    "kernel_histograms": KernelHistograms,
+    "flip_ratio": FlipRatio,
+    "filter_curves": FilterCurves,
+    "diversity": Diversity,
+    "gradient_norms": GradientNorms,
+    "checkpoint": StageCheckpoint,
+}
+"""Callbacks that every run has, by the argument that changes them; ``null`` turns one off."""
+
+
+def add_run_arguments(parser: LightningArgumentParser) -> None:
+    """Add the folder of the run and its callbacks to a subcommand."""
+    parser.add_argument(
+        "--run_dir", type=str, default="runs/default", help="Folder of the run's logs (version_N) and checkpoints."
+    )
+    for name, callback in {**OPTIONAL, **DEFAULTS}.items():
+        default = None if name in OPTIONAL else {"class_path": f"pcnn_lightning.{callback.__name__}"}
+        parser.add_argument(
+            f"--{name}", type=callback | None, default=default, help=f"Arguments of {callback.__name__}, or null."
+        )
+
+
+def trainer_arguments(run: Namespace) -> dict[str, Any]:
+    """The Trainer's arguments with the defaults of a run filled in.
+
+    Args:
+        run: the instantiated configuration of a subcommand.
+    """
+    arguments = dict(run["trainer"])
+    run_dir = run["run_dir"]
+    given = arguments["callbacks"] or []
+    callbacks = list(given) if isinstance(given, list) else [given]
+    for name, callback in {**OPTIONAL, **DEFAULTS}.items():
+        wanted = run[name] is not None and not any(isinstance(one, callback) for one in callbacks)
+        if wanted and (name != "checkpoint" or arguments["enable_checkpointing"] is not False):
+            callbacks.append(run[name])
+    if arguments["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+        callbacks.append(StageProgressBar())
+    for callback in callbacks:
+        if isinstance(callback, StageCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(Path(run_dir).expanduser().resolve() / "checkpoints")
+    if arguments["logger"] is None:
+        arguments["logger"] = TensorBoardLogger(save_dir=run_dir, name="", default_hp_metric=False)
+    if arguments["default_root_dir"] is None:
+        arguments["default_root_dir"] = run_dir
+    # In place of Lightning's summary, which does not know 1-bit layers, there is OneBitCLI.before_fit.
+    return {**arguments, "callbacks": callbacks, "enable_model_summary": False}

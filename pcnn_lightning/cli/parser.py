@@ -1,0 +1,176 @@
+"""LightningCLI with the project's subcommands, defaults of a run, and readable mistakes."""
+
+import sys
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from pcnn_lightning import data  # noqa: F401  (lets the parser resolve its classes by their short names)
+from pcnn_lightning.checkpoints import load_checkpoint
+from pcnn_lightning.cli.checkpoint_argument import (
+    LINKED,
+    checkpoint_argument,
+    find_checkpoint,
+    model_config,
+    packed_config,
+)
+from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
+from pcnn_lightning.cli.subcommands import compare_runs, summary_of
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.families import FAMILIES
+from pcnn_lightning.files import is_packed
+from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
+
+
+class Parser(LightningArgumentParser):
+    """A parser that reports a mistake without 150 lines of usage, which are what --help is for."""
+
+    def print_usage(self, file: Any = None) -> None:
+        if file is not sys.stderr:
+            super().print_usage(file)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder of the logs, if the run has logs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class OneBitCLI(LightningCLI):
+    """The command line. A checkpoint's hyperparameters are the lowest layer of the configuration."""
+
+    _step_before: int | None = None  # of the checkpoint that a run goes on from
+
+    # Parsing.
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        given = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "summary": given, "benchmark": given, "export": given, "compare": set()}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "compare":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)  # without model, data and trainer
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="A folder of logs, or one above the newest run's.")
+        parser.add_argument("--output", default="comparison.png", help="The picture to write.")
+        parser.add_argument("--metric", default="accuracy", help="The metric to compare.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        add_run_arguments(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given: Any = sys.argv[1:] if args is None else args
+        path = checkpoint_argument(given) if isinstance(given, list) else None
+        try:
+            if path is None:
+                super().parse_arguments(parser, args)
+                return
+            place = next((at for at, word in enumerate(given) if word in self.subcommands()), 0) + 1
+            if is_packed(path) and given[place - 1] != "fit":
+                # A packed file describes its network, whatever model the user's files and flags name.
+                layered = [*given, "--config", packed_config(path)]
+            else:
+                # Below the user's files and flags, which win.
+                layered = [*given[:place], "--config", model_config(path), *given[place:]]
+            self.config = parser.parse_args(layered)
+        except UnicodeDecodeError as error:
+            files = [word for word in given if isinstance(word, str) and word.endswith((".yaml", ".yml", ".json"))]
+            raise InputError(f"a configuration file is not UTF-8 text ({error}): {', '.join(files)}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Done by :meth:`parse_arguments`; Lightning's own would overrule the user."""
+
+    # From a configuration to model, data and trainer. compare needs none of them.
+
+    def _set_seed(self) -> None:
+        if self.subcommand == "compare":
+            return
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "compare":
+            return
+        trainer = self.config[self.config["subcommand"]]["trainer"]
+        if not isinstance(trainer, Namespace):  # the parser accepts trainer: true
+            raise InputError(f"trainer must be a mapping of the Trainer's arguments, but got {trainer!r}")
+        if trainer["gradient_clip_val"] is not None:
+            raise InputError("trainer.gradient_clip_val has no effect in this loop: set model.gradient_clip")
+        if trainer["accumulate_grad_batches"] != 1:
+            raise InputError("trainer.accumulate_grad_batches has no effect in this loop: set model.accumulate")
+
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "compare":
+            return
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            cause: BaseException = error
+            while (inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)) is not None:
+                cause = inner  # the message of the class itself, not of the parser
+            raise InputError(str(cause)) from error
+
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand == "compare":
+            return
+        if type(self.model) is OneBitClassifier:
+            raise InputError(f"model.class_path is missing: it must be one of {', '.join(FAMILIES)}")
+        given = self.config[self.config["subcommand"]]["model"]["init_args"]
+        for name in LINKED:
+            if not hasattr(self.datamodule, name):
+                raise InputError(f"{type(self.datamodule).__name__} has no {name}, which the model needs")
+            of_data = getattr(self.datamodule, name)
+            if given.get(name, of_data) not in (of_data, LINKED[name]):
+                raise InputError(f"model.{name} is {given[name]}, but the data have {of_data}: leave it to the data")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        arguments = trainer_arguments(self.config_init[self.config_init["subcommand"]])
+        return self._instantiate_trainer({**arguments, **kwargs}, [])
+
+    # Running a subcommand.
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "compare":
+            compare_runs(**{name: self.config["compare"][name] for name in ("runs", "output", "metric")})
+        else:
+            super()._run_subcommand(subcommand)
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        wanted = self.config["fit"]["trainer"]["enable_model_summary"] is not False
+        if wanted and hasattr(self.datamodule, "image_shape"):
+            print(summary_of(self.model, self.datamodule).table(), end="\n\n")
+
+    def after_fit(self) -> None:
+        path = self.trainer.ckpt_path
+        went_on = self.trainer.global_step != self._step_before or "val/accuracy" in self.trainer.callback_metrics
+        if self._step_before is not None and not went_on:
+            raise InputError(
+                f"{path} has trained for {self.trainer.current_epoch} epochs already: "
+                "set trainer.max_epochs (or max_steps) higher to go on"
+            )
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("summary", "benchmark"):
+            return kwargs
+        path = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
+        if path is None and subcommand != "fit":
+            raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
+        if isinstance(self.model, PackedClassifier):
+            return {**kwargs, "ckpt_path": None}  # it has its weights already
+        if path is not None:
+            self._step_before = load_checkpoint(path)["global_step"]
+        return {**kwargs, "ckpt_path": path}

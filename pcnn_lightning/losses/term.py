@@ -1,0 +1,125 @@
+"""A term of the training loss, and the two that nearly every 1-bit network has."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcnn_lightning.layers import QuantizedConv2d
+
+
+class Outputs(NamedTuple):
+    """What a network makes of a batch, from which loss terms are computed.
+
+    Attributes:
+        features: (B, feature_dim), the input of the classifier.
+        logits: (B, num_classes).
+        labels: (B,).
+        layers: the 1-bit convolutions of the network.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+    layers: Sequence[QuantizedConv2d]
+
+
+class LossTerm(nn.Module):
+    """A weighted term of the loss, with whatever state it has.
+
+    Its name in the logs is the one under which it is added to ``OneBitClassifier.terms``. State that belongs to
+    checkpoints is kept in buffers; state of an unfinished update is handed out by :meth:`pending`.
+
+    Args:
+        start: the first epoch with this term, or the first stage; earlier, the term takes no part.
+
+    Attributes:
+        label: its name in figures.
+        depends_on_data: False if the term has the same value for any batch, as a penalty on the weights has.
+        in_evaluation: whether the term is part of the loss in validation and test; if not, validation only logs it.
+    """
+
+    label = ""
+    depends_on_data = True
+    in_evaluation = True
+
+    def __init__(self, start: int | str = 0) -> None:
+        super().__init__()
+        self.start = start
+
+    @abstractmethod
+    def value(self, outputs: Outputs, batches: int) -> Tensor:
+        """The weighted term, a scalar.
+
+        Args:
+            outputs: what the network made of a batch.
+            batches: number of batches and processes that the loss of an update is averaged over, for terms that are
+                sums over an update.
+        """
+
+    def begin_evaluation(self, layers: Sequence[QuantizedConv2d]) -> None:
+        """Called before a validation or test epoch, in which no parameter changes."""
+
+    def step(self) -> None:
+        """Called after each optimizer step."""
+
+    def pending(self) -> dict[str, Tensor]:
+        """State of an unfinished update, to be saved in a checkpoint."""
+        return {}
+
+    def restore_pending(self, pending: dict[str, Tensor]) -> None:
+        """Restore what :meth:`pending` returned; forget everything if that is empty."""
+
+
+class CrossEntropy(LossTerm):
+    """Cross-entropy of the logits, L_S.
+
+    Args:
+        label_smoothing: in training only.
+
+    Raises:
+        ValueError: if ``label_smoothing`` is not in [0, 1).
+    """
+
+    label = "cross-entropy"
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), but got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+
+    def value(self, outputs: Outputs, batches: int = 1) -> Tensor:
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(outputs.logits, outputs.labels, label_smoothing=smoothing)
+
+
+class QuantizationLoss(LossTerm):
+    """Sum of the quantization losses of all 1-bit layers, each weighted with λ (3.42) or θ (3.18).
+
+    Args:
+        label: its name in figures.
+    """
+
+    depends_on_data = False
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+        self._in_evaluation: Tensor | None = None
+
+    def value(self, outputs: Outputs, batches: int = 1) -> Tensor:
+        if not self.training and self._in_evaluation is not None:
+            return self._in_evaluation
+        return self._sum(outputs.layers)
+
+    def begin_evaluation(self, layers: Sequence[QuantizedConv2d]) -> None:
+        self._in_evaluation = self._sum(layers)
+
+    @staticmethod
+    def _sum(layers: Sequence[QuantizedConv2d]) -> Tensor:
+        losses = [loss for layer in layers if (loss := layer.quantization_loss()) is not None]
+        return torch.stack(losses).sum()

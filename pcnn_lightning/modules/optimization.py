@@ -1,0 +1,123 @@
+"""One optimizer with a group of parameters for each learning rate, so that steps are counted and scaled once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.modules.schedules import LearningRate, Schedule
+from pcnn_lightning.stages import StagedModule
+
+
+class GroupSettings(NamedTuple):
+    """How a group of parameters is learned: its learning rate over a stage, and its weight decay."""
+
+    rate: LearningRate
+    weight_decay: float
+
+
+def group_settings(
+    name: str,
+    base: float,
+    schedule: Schedule,
+    milestones: tuple[float, ...],
+    decay: float,
+    warmup_epochs: float,
+    weight_decay: float,
+    *,
+    prefix: str = "",
+) -> GroupSettings:
+    """Check the settings of a group.
+
+    Args:
+        name: name of the learning rate, ``eta1`` or ``eta2``.
+        base: the highest learning rate.
+        schedule: its schedule, and so on, as for :class:`LearningRate`.
+        milestones: of the schedule.
+        decay: of the schedule.
+        warmup_epochs: of the schedule.
+        weight_decay: of the parameters.
+        prefix: prefix of the other arguments' names, for error messages.
+
+    Raises:
+        ValueError: names the argument that is wrong, its value and what is allowed.
+    """
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"{prefix}weight_decay must be a number of at least 0, but got {weight_decay}")
+    try:
+        return GroupSettings(LearningRate(base, schedule, milestones, decay, warmup_epochs), weight_decay)
+    except ValueError as error:
+        field = "" if "learning rate" in str(error) else prefix
+        raise ValueError(f"{name}: {field}{error}") from None
+
+
+def group_options(settings: Sequence[GroupSettings], hparams: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Options of the optimizer's groups, apart from the learning rates, which every update sets."""
+    shared = {}
+    if hparams["optimizer"] == "sgd":
+        momentum = hparams["momentum"]
+        shared = {"momentum": momentum, "nesterov": hparams["nesterov"] and momentum > 0}
+    return [{**shared, "weight_decay": one.weight_decay} for one in settings]
+
+
+def make_optimizer(
+    parameters: Mapping[str, list[nn.Parameter]], settings: Sequence[GroupSettings], hparams: Mapping[str, Any]
+) -> Optimizer:
+    """An optimizer of named groups of parameters."""
+    groups = [
+        {"params": members, "name": name, "lr": one.rate.base, **options}
+        for (name, members), one, options in zip(
+            parameters.items(), settings, group_options(settings, hparams), strict=False
+        )
+    ]
+    return (torch.optim.SGD if hparams["optimizer"] == "sgd" else torch.optim.Adam)(groups)
+
+
+def begin_optimization(
+    optimizer: Optimizer, settings: Sequence[GroupSettings], module: StagedModule, trainer: Trainer
+) -> None:
+    """Check the schedules, and give a resumed optimizer the settings of this run in place of those it was saved with.
+
+    Raises:
+        InputError: if a schedule needs the length of a run that has no end.
+    """
+    endless = math.isinf(stage_epochs(module, trainer))
+    if endless and any(one.rate.schedule in ("multistep", "cosine") for one in settings):
+        raise InputError(
+            "trainer.max_epochs or trainer.max_steps must be set: a multistep or cosine schedule is laid over "
+            "the length of a stage"
+        )
+    for group, options in zip(optimizer.param_groups, group_options(settings, module.hparams), strict=False):
+        group.update(options)
+
+
+def set_rates(
+    optimizer: Optimizer, settings: Sequence[GroupSettings], module: StagedModule, trainer: Trainer, update: int
+) -> None:
+    """Set the learning rates for an update of the current epoch."""
+    step = 1 / updates_per_epoch(module, trainer)
+    epoch = trainer.current_epoch - module.stage_start + update * step
+    for group, one in zip(optimizer.param_groups, settings, strict=False):
+        group["lr"] = one.rate.at(epoch, stage_epochs(module, trainer), step)
+
+
+def stage_epochs(module: StagedModule, trainer: Trainer) -> float:
+    """Length of the current stage in epochs; infinite if the run has no end."""
+    end, max_steps = trainer.max_epochs, trainer.max_steps
+    length = math.inf if end is None or end < 0 else float(end)
+    if max_steps >= 0 and not math.isinf(updates_per_epoch(module, trainer)):
+        length = min(length, max_steps / updates_per_epoch(module, trainer))
+    if module.stage_end is not None:
+        length = min(length, module.stage_end)
+    return length - module.stage_start
+
+
+def updates_per_epoch(module: StagedModule, trainer: Trainer) -> float:
+    """Number of optimizer steps per epoch; infinite if the data have no length."""
+    batches, accumulate = trainer.num_training_batches, module.hparams["accumulate"]
+    return math.inf if math.isinf(batches) else math.ceil(batches / accumulate)

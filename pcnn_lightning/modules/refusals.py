@@ -1,0 +1,32 @@
+"""Trainer settings that do not work with kernels that are learned latently, or under manual optimization."""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from pcnn_lightning.errors import InputError
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse what would train wrongly or do nothing without a word.
+
+    Raises:
+        InputError: names the setting, and what to use instead.
+    """
+    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise InputError("LearningRateFinder looks for one learning rate, but this model has eta1 and eta2")
+    if trainer.precision in ("16-true", "bf16-true"):
+        raise InputError(
+            f"trainer.precision {trainer.precision} would round the latent weights: use 32-true, bf16-mixed or 16-mixed"
+        )
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise InputError(
+            f"trainer.strategy {type(trainer.strategy).__name__} shards the kernels, but a layer needs all of its "
+            "kernels for its scale: use ddp"
+        )
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "_train_time_interval", None) is not None:
+            raise InputError(
+                "ModelCheckpoint(train_time_interval=...) writes nothing under manual optimization: "
+                "set every_n_train_steps or every_n_epochs"
+            )

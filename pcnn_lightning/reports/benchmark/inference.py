@@ -1,0 +1,104 @@
+"""Benchmark of CPU inference: a network and its full-precision twin, from raw images to labels, in each runtime."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from pcnn_lightning.deploy import PackedNetwork, accelerate, save_onnx
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.modules import OneBitClassifier, describe
+from pcnn_lightning.reports.benchmark.measure import Report, Round, Setting, Stopwatch, compare_rounds
+
+Classify = Callable[[Tensor], object]
+"""A function that labels images (B, C, H, W) uint8."""
+
+
+def benchmark_inference(
+    model: OneBitClassifier, datamodule: LightningDataModule, batch_size: int, setting: Setting
+) -> Report:
+    """Time a network from uint8 images to labels, including normalization, on the CPU with torch's number of threads.
+
+    The contenders are the full-precision twin in torch, in channels-last layout; the frozen network in torch; the
+    frozen network in ONNX Runtime, if installed; and the packed runtime, if it supports the network. Weights do not
+    affect the times, so the model need not be trained.
+
+    Args:
+        model: the model to deploy; it is put into its last stage.
+        datamodule: provides the size and normalization of the images; no images are read.
+        batch_size: B.
+        setting: number of rounds; device, precision and compilation concern training and are ignored.
+
+    Raises:
+        InputError: if the datamodule does not describe its images.
+    """
+    model = model.eval().cpu()
+    model.set_stage(model.trained_stages[-1])
+    description = describe(model, datamodule)
+    frozen = PackedNetwork.of(model.net, description)
+    of_twin = replace(description, stage="full_precision", sign_activations=False, layer={})
+    twin = PackedNetwork.of(model.twin().net, of_twin).to(memory_format=torch.channels_last)
+    contenders: dict[str, Classify] = {
+        "full precision, torch": partial(_classify_channels_last, twin),
+        "frozen, torch": frozen.classify,
+    }
+    for name, make in (("frozen, ONNX Runtime", _in_onnxruntime), ("packed runtime", _in_packed_runtime)):
+        try:
+            contenders[name] = make(frozen)
+        except InputError as error:
+            warnings.warn(f"{name} takes no part: {error}", stacklevel=2)
+    shape = (description.in_channels, *description.image_size)
+    images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8)
+    what = f"uint8 images to labels, {description.backbone}, {'×'.join(map(str, (batch_size, *shape)))}"
+    rounds = {name: _round(classify, images) for name, classify in contenders.items()}
+    where = replace(setting, device=torch.device("cpu"), precision="32-true", compiled=False, channels_last=False)
+    return compare_rounds(what, batch_size, rounds, where, memory=False)  # not all runtimes allocate through torch
+
+
+def _round(classify: Classify, images: Tensor) -> Round:
+    def once(watch: Stopwatch) -> None:
+        watch.start()
+        classify(images)
+        watch.mark("labels")
+
+    return once
+
+
+@torch.no_grad()
+def _classify_channels_last(network: PackedNetwork, images: Tensor) -> Tensor:
+    pixels = network.preprocess(images).contiguous(memory_format=torch.channels_last)
+    labels: Tensor = network(pixels).argmax(dim=1)
+    return labels
+
+
+def _in_packed_runtime(network: PackedNetwork) -> Classify:
+    return accelerate(network).classify
+
+
+def _in_onnxruntime(network: PackedNetwork) -> Classify:
+    if find_spec("onnxruntime") is None:
+        raise InputError("onnxruntime is not installed: pip install onnxruntime")
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        save_onnx(network, path, network.description)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Otherwise its threads keep spinning for a while on the cores that the next contender needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def classify(images: Tensor) -> object:
+        (logits,) = session.run(None, {"images": images.numpy()})
+        return np.argmax(logits, axis=1)
+
+    return classify

@@ -1,0 +1,275 @@
+"""Comparison of finished runs: their curves in one figure, their best epochs in one table."""
+
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import check_writable
+from pcnn_lightning.stages import STAGES
+from pcnn_lightning.tables import aligned
+
+EVENTS = "events.out.tfevents.*"
+NAMES = {number: name for name, number in STAGES.items()}
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
+"""Colors of Okabe and Ito, which color-blind readers can tell apart, with gray for their yellow, too faint for a
+line."""
+STYLES = [(colour, marker) for marker in ("", "o", "s", "^") for colour in COLOURS]
+GREY = "0.3"
+UNITS = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy (nats)", "loss": "loss (nats)"}
+
+Curve = list[tuple[int, float]]
+"""Epochs and values in logging order; an epoch may have several values."""
+
+
+@dataclass
+class Run:
+    """Logs of one run: its folder, its curves by logged name, and its settings."""
+
+    folder: Path
+    curves: dict[str, Curve]
+    settings: dict[str, Any]
+    label: str = ""
+
+    def stages(self) -> dict[int, str]:
+        """The stage of each epoch, in order; empty if none was logged."""
+        return {epoch: NAMES.get(int(stage), "") for epoch, stage in self.curves.get("stage", [])}
+
+    def best(self, metric: str, stage: str) -> tuple[int, float] | None:
+        """Epoch and value of the first best validation in ``stage``, which is "" if no stage was logged."""
+        stages = self.stages()
+        latest = next(reversed(stages.values()), "")  # an interrupted epoch may have validations, but no stage
+        points = [
+            (epoch, value)
+            for epoch, value in self.curves[f"val/{metric}"]
+            if stages.get(epoch, latest) == stage and math.isfinite(value)
+        ]
+        better = max if "accuracy" in metric else min
+        return better(points, key=lambda point: point[1], default=None)
+
+    def changes(self) -> list[tuple[float, str]]:
+        """Position of each change of stage on the epoch axis, and its label."""
+        stages = pairwise(self.stages().items())
+        return [(epoch - 0.5, f"{old} to {new}") for (_, old), (epoch, new) in stages if old != new]
+
+    def last(self, name: str) -> float | None:
+        """The last value logged as ``name``; None if there is none."""
+        return self.curves[name][-1][1] if self.curves.get(name) else None
+
+
+def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", metric: str = "accuracy") -> str:
+    """Plot the curves of several runs in one figure and return their best epochs as a table.
+
+    Args:
+        runs: log folders, such as ``runs/digits/version_0``. For a folder that contains log folders, the newest
+            training run is taken; logs of ``test`` and ``validate`` are skipped.
+        output: file to write the figure to.
+        metric: the metric to compare, logged as ``train/...`` and ``val/...``. Higher is better if its name contains
+            ``accuracy``, otherwise lower.
+
+    Raises:
+        InputError: if a folder holds no such run, or the figure cannot be written.
+    """
+    if not runs:
+        raise InputError("no runs to compare: name at least one folder of logs")
+    if len(runs) > len(STYLES):
+        raise InputError(f"{len(runs)} runs cannot be told apart in one picture: name at most {len(STYLES)}")
+    found = [read_run(Path(run), metric) for run in runs]
+    for folder, times in Counter(run.folder.resolve() for run in found).items():
+        if times > 1:
+            raise InputError(f"{folder} is named {times} times: name each run's own version_N")
+    label_runs(found)
+    check_writable(Path(output).parent)
+    figure = draw_runs(found, metric)
+    try:
+        figure.savefig(output)
+    except (OSError, ValueError) as error:  # an existing folder, or an unknown image format
+        raise InputError(f"cannot write {output}: {error}") from error
+    return table(found, metric)
+
+
+def read_run(path: Path, metric: str = "accuracy") -> Run:
+    """Read the run whose logs are in ``path``, or the newest training run in the folders below it.
+
+    Raises:
+        InputError: if there is none with validations of ``metric``.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such folder")
+    files = list(path.glob(EVENTS)) or list(path.rglob(EVENTS))
+    if not files:
+        raise InputError(f"{path} holds no TensorBoard logs ({EVENTS}), nor does a folder below it")
+    held: set[str] = set()
+    for folder in dict.fromkeys(file.parent for file in sorted(files, key=_start, reverse=True)):
+        curves = read_curves(folder)
+        if f"val/{metric}" in curves and any(name.startswith("train/") for name in curves):
+            return Run(folder, curves, read_settings(folder))
+        held.update(curves)
+    raise InputError(
+        f"{path} holds no training run with val/{metric}; what was logged there: {', '.join(sorted(held)) or 'nothing'}"
+    )
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Read all scalars in the event files of ``folder``, against epochs.
+
+    A damaged file is read up to the damage. Each file belongs to one process; where a resumed run repeats epochs, its
+    values replace the earlier ones.
+    """
+    curves: dict[str, Curve] = defaultdict(list)
+    for file in sorted(folder.glob(EVENTS), key=_start):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: keep every point
+        names = events.Tags()["scalars"]
+        if "epoch" not in names:  # Lightning logs it along with everything else
+            continue
+        epochs = {event.step: int(event.value) for event in events.Scalars("epoch")}
+        for name in names:
+            points = [(epochs[event.step], event.value) for event in events.Scalars(name) if event.step in epochs]
+            if points:
+                curves[name] = [point for point in curves[name] if point[0] < points[0][0]] + points
+    return dict(curves)
+
+
+def _start(file: Path) -> list[int]:
+    """Sort key of event files: names begin with the time in seconds, and end with process and count within it."""
+    return [int(number) for number in re.findall(r"\d+", file.name)]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read the settings of a run by name: model, hyperparameters, data, seed and length, as far as recorded."""
+    config = _read_yaml(folder / "config.yaml")
+    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
+    settings = {
+        "model": model.get("class_path", "").rpartition(".")[2],
+        **_read_yaml(folder / "hparams.yaml"),
+        "data": data.get("class_path", "").rpartition(".")[2],
+        **{f"data.{name}": value for name, value in (data.get("init_args") or {}).items()},
+        "max_epochs": trainer.get("max_epochs", ""),
+        "seed_everything": config.get("seed_everything", ""),
+    }
+    return {name: value for name, value in settings.items() if value != "" and not name.startswith("_")}
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.full_load(file.read_text(encoding="utf-8"))  # as Lightning does, which keeps tuples
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}  # only labels need it, which can be folder names
+    return content if isinstance(content, dict) else {}
+
+
+def label_runs(runs: Sequence[Run]) -> None:
+    """Label each run by the settings in which the runs differ, and by its folder where labels would be the same.
+
+    A setting that only one family has is used if it differs within that family.
+    """
+    told = [
+        {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in run.settings.items()}
+        for run in runs
+    ]
+    values: dict[str, set[str]] = defaultdict(set)
+    for settings in told:
+        for name, value in settings.items():
+            values[name].add(value)
+    for run, settings in zip(runs, told, strict=True):
+        run.label = ", ".join(
+            f"{name}={settings[name]}" for name in values if len(values[name]) > 1 and name in settings
+        )
+    times = Counter(run.label for run in runs)
+    common = os.path.commonpath([run.folder.resolve().parent for run in runs])
+    for run in runs:
+        if not run.label or times[run.label] > 1:
+            folder = run.folder.resolve().relative_to(common).as_posix()
+            run.label = f"{run.label} ({folder})" if run.label else folder
+
+
+def table(runs: Sequence[Run], metric: str = "accuracy") -> str:
+    """Format a line per run: best validation of each stage with its epoch, last values, and test results if any."""
+    occurring = {stage for run in runs for stage in run.stages().values() or [""]}
+    stages = [stage for stage in (*STAGES, "") if stage in occurring]
+    tested = any(run.last(f"test/{metric}") is not None for run in runs)
+    header = ["run"]
+    for stage in stages:
+        header += [f"{stage} best val".strip(), "epoch"]
+    rows = [[*header, "last val", "last train", *(["test"] if tested else []), "logs"]]
+    for run in runs:
+        row = [run.label]
+        for stage in stages:
+            epoch, value = run.best(metric, stage) or ("-", None)
+            row += [_say(value, metric), str(epoch)]
+        splits = ["val", "train", *(["test"] if tested else [])]
+        rows.append([*row, *(_say(run.last(f"{split}/{metric}"), metric) for split in splits), str(run.folder)])
+    lines = aligned([row[:-1] for row in rows])
+    return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
+
+
+def _say(value: float | None, metric: str) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if "accuracy" in metric else f"{value:.4f}"
+
+
+def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:
+    """Plot curves against epochs: training solid, validation dashed, a color per run, dotted where a stage changes.
+
+    Cross-entropy is plotted beside ``metric``: it is the only loss that does not depend on the weights of the others.
+    """
+    panels = [
+        name for name in dict.fromkeys((metric, "cross_entropy")) if any(f"val/{name}" in run.curves for run in runs)
+    ]
+    styled = list(zip(runs, STYLES, strict=False))
+    labels = [fill(run.label, 90, break_on_hyphens=False) for run in runs]
+    columns = 2 if len(runs) > 2 and max(map(len, labels)) <= 40 else 1
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure = Figure(figsize=(8, 3.9 + 0.2 * math.ceil(lines)), dpi=120, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for run, (colour, marker) in styled:
+            _draw_run(axes, run, name, colour, marker)
+        axes.set(xlabel="epoch", ylabel=UNITS.get(name, name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        if "accuracy" not in name and axes.dataLim.y1 > 10 * axes.dataLim.minposy:  # the loss fell by a decade
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        changes: dict[float, list[str]] = defaultdict(list)
+        for run, (colour, _) in styled:
+            for epoch, _ in run.changes():
+                changes[epoch].append(colour)
+        for epoch, colours in changes.items():  # gray where several runs change at once
+            axes.axvline(epoch, color=colours[0] if len(colours) == 1 else GREY, linewidth=1, linestyle=":")
+    what = dict.fromkeys(change for run in runs for _, change in run.changes())
+    strokes: dict[str, Any] = {"training": "-", "validation": "--"} | dict.fromkeys(what, ":")
+    kinds = [Line2D([], [], color=GREY, linestyle=dash, label=label) for label, dash in strokes.items()]
+    figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
+    own = [
+        Line2D([], [], color=colour, marker=marker, label=label)
+        for label, (_, (colour, marker)) in zip(labels, styled, strict=True)
+    ]
+    figure.legend(handles=own, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _draw_run(axes: Axes, run: Run, name: str, colour: str, marker: str) -> None:
+    for split, dash in (("train", "-"), ("val", "--")):
+        points = dict(run.curves.get(f"{split}/{name}", []))  # the last one of each epoch
+        values = [100 * value if "accuracy" in name else value for value in points.values()]
+        shape = "." if len(points) == 1 else marker  # a line with one point is invisible
+        sparse = max(1, len(points) // 8)
+        axes.plot(list(points), values, dash, color=colour, linewidth=1.4, marker=shape, markersize=5, markevery=sparse)

@@ -1,0 +1,75 @@
+"""Loss curves in TensorBoard, a table and a picture."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import PROGRESSIVE, Stop, fit, tiny_pcnn
+
+from pcnn_lightning import LossCurves, StageSwitch
+from pcnn_lightning.callbacks.loss_curves import draw_losses
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.losses import CenterLoss, CrossEntropy
+
+
+def test_loss_curves_of_a_second_run_begin_anew():
+    curves = LossCurves()
+    for _ in range(2):
+        fit(tiny_pcnn(), callbacks=[curves])
+    assert [row["epoch"] for row in curves.epochs] == [0]
+
+
+def test_an_epoch_without_validation_has_no_validation_losses():
+    curves = LossCurves()
+    fit(tiny_pcnn(), max_epochs=4, callbacks=[curves], check_val_every_n_epoch=2)
+    assert ["val/cross_entropy" in row for row in curves.epochs] == [False, True, False, True]
+
+
+def test_an_error_before_training_is_not_hidden():
+    with pytest.raises(InputError, match="the model's is binary"):
+        fit(tiny_pcnn(), max_epochs=3, callbacks=[StageSwitch(1), LossCurves()])
+
+
+def test_loss_curves_are_in_tensorboard_a_table_and_a_picture(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(tiny_pcnn(**PROGRESSIVE), max_epochs=3, callbacks=[StageSwitch(2), LossCurves()], logger=logger)
+    losses = ("cross_entropy", "projection_loss", "center_loss")
+    names = {f"{split}/{loss}" for split in ("train", "val") for loss in losses}
+
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert names <= set(events.Tags()["scalars"])
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode()
+    assert "projection_loss" in layout
+    assert "cross_entropy" in layout
+
+    with Path(logger.log_dir, "losses.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["ternary", "ternary", "binary"]
+    for name in names:
+        scalars = [event.value for event in events.Scalars(name)]
+        assert [float(row[name]) for row in rows] == pytest.approx(scalars)
+    with Path(logger.log_dir, "losses.png").open("rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_loss_curves_survive_a_broken_run(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tiny_pcnn(), max_epochs=3, callbacks=[LossCurves(), Stop(6)], logger=logger)
+    with Path(logger.log_dir, "losses.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1
+
+
+def test_the_picture_marks_the_switch():
+    rows = [
+        {"epoch": epoch, "stage": stage, "train/cross_entropy": 1.0, "val/cross_entropy": 1.1, "train/center_loss": 0.1}
+        for epoch, stage in enumerate(["ternary", "ternary", "binary"])
+    ]
+    terms = {"cross_entropy": CrossEntropy(), "center_loss": CenterLoss(10, 2, 1.0)}
+    axes = draw_losses(rows, terms).axes[0]
+    assert [(text.get_text(), text.get_ha()) for text in axes.texts] == [("ternary", "right"), ("binary", "left")]
+    assert {text.xy[0] for text in axes.texts} == {1.5}
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["cross-entropy, training", "cross-entropy, validation", "center loss, training"]

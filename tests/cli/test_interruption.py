@@ -1,0 +1,137 @@
+"""Signals, full disks and requeued jobs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import DIGITS, FIT, KEEP, TRAINING
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pcnn_lightning.checkpoints import AtomicCheckpointIO
+
+ROOT = Path(__file__).parents[2]
+
+
+class Signal(Callback):
+    """Send the process a signal in the middle of a run."""
+
+    def __init__(self, name: str, batch: int = 3) -> None:
+        self.number, self.batch = signal.Signals[name], batch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.batch:
+            signal.raise_signal(self.number)
+
+
+class SignalInTest(Callback):
+    """Send SIGTERM in the first batch of a test."""
+
+    def on_test_batch_start(self, *_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+class FirstStep(Callback):
+    """Record the step at which a run starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_an_interrupted_run_resumes_where_it_stopped(command, name, status):
+    whole = command(*FIT, *KEEP, "--trainer.max_epochs=3").cli.model.state_dict()
+    shutil.rmtree("kept")
+    arguments = [*FIT, *KEEP, "--trainer.max_epochs=3"]
+    before = signal.getsignal(signal.SIGINT)
+    ended = command(*arguments, f"--trainer.callbacks+={__name__}.Signal", f"--trainer.callbacks.name={name}")
+    assert ended.code == status
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load("kept/last.ckpt", weights_only=True)["global_step"] == 4
+    resumed = command(*arguments, "--ckpt_path=last")
+    assert resumed.code == 0
+    for key, value in resumed.cli.model.state_dict().items():
+        assert torch.equal(value, whole[key]), key
+
+
+def test_an_interrupted_evaluation_leaves_no_checkpoint(command):
+    command(*FIT, *KEEP)
+    before = {file.name: file.read_bytes() for file in Path("kept").iterdir()}
+    flags = [*KEEP, "--ckpt_path=last", f"--trainer.callbacks+={__name__}.SignalInTest"]
+    ended = command("test", *DIGITS, *TRAINING, *flags)
+    assert ended.code == 143
+    assert {file.name: file.read_bytes() for file in Path("kept").iterdir()} == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_workers_leaves_a_checkpoint(tmp_path):
+    """A terminal sends SIGINT to the whole process group."""
+    config = ROOT / "configs" / "digits.yaml"
+    command = [sys.executable, "-m", "pcnn_lightning", "fit", f"--config={config}", "--data.init_args.num_workers=2"]
+    command += ["--trainer.enable_progress_bar=false"]
+    with Path(tmp_path, "out").open("w") as out:
+        run = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=out, stderr=out)
+        last = tmp_path / "runs/digits/checkpoints/last.ckpt"
+        end = time.monotonic() + 120
+        while not last.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)
+        status = run.wait(60)
+    said = Path(tmp_path, "out").read_text()
+    assert status == 130, said
+    assert said.count("Ending after this batch") == 1
+    assert "Traceback" not in said
+    assert torch.load(last, weights_only=True)["global_step"] > 0
+
+
+def test_a_run_requeued_by_slurm_is_resumed(command, monkeypatch):
+    command(*FIT, *KEEP)
+    Path("kept/last.ckpt").rename("hpc_ckpt_1.ckpt")
+    # On SLURM, detected by these variables, Lightning resumes from such a file in default_root_dir.
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("NTASKS_PER_NODE", "NNODES"):  # set if the tests themselves run in a job
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    flags = ["--trainer.devices=1", f"--trainer.callbacks+={__name__}.FirstStep"]
+    run = command(*FIT, "--trainer.max_epochs=2", "--trainer.default_root_dir=.", *flags)
+    assert run.code == 0, run.err
+    assert Path(str(run.cli.trainer.ckpt_path)).name == "hpc_ckpt_1.ckpt"
+    assert [callback.step for callback in run.cli.trainer.callbacks if isinstance(callback, FirstStep)] == [2]
+    assert run.cli.trainer.global_step == 4
+
+
+def test_kill_9_during_a_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    """The process dies with half of the new file written."""
+    monkeypatch.chdir(tmp_path)
+    program = """
+import os, sys, torch
+from pcnn_lightning.checkpoints import AtomicCheckpointIO
+io = AtomicCheckpointIO()
+io.save_checkpoint({"weights": torch.zeros(1000)}, "last.ckpt")
+def half(self, place):
+    with open(self, "ab") as file:
+        file.truncate(500)
+    os.kill(os.getpid(), 9)
+type(__import__("pathlib").Path()).replace = half
+io.save_checkpoint({"weights": torch.ones(1000)}, "last.ckpt")
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert not torch.load("last.ckpt", weights_only=True)["weights"].any()
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, "last.ckpt")
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, monkeypatch):
+    command(*FIT, *KEEP)
+    before = Path("kept/last.ckpt").read_bytes()
+    part = Path("kept/last.ckpt.part")
+    part.symlink_to("/dev/full")
+    run = command(*FIT, *KEEP, "--trainer.max_epochs=2", "--ckpt_path=last")
+    run.is_refused("kept/last.ckpt cannot be written", "No space left on device")
+    assert Path("kept/last.ckpt").read_bytes() == before

@@ -1,0 +1,52 @@
+"""Compiled training."""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny import fit, tiny_digits, tiny_pcnn
+
+from pcnn_lightning import StageSwitch
+from pcnn_lightning.errors import InputError
+
+
+def test_compiled_training_equals_eager_training():
+    def run(compile):
+        torch.manual_seed(0)
+        model = tiny_pcnn(compile=compile, stage="ternary")
+        fit(model, limit_train_batches=2)
+        return model
+
+    torch._dynamo.config.suppress_errors = False
+    eager, compiled = run(False), run(True)
+    assert eager.state_dict().keys() == compiled.state_dict().keys()
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_run_compiles_once_a_stage(monkeypatch):
+    """Evaluation, its smaller last batch and the step after a validation do not recompile."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    data = tiny_digits(batch_size=24, train_size=72)  # 3 batches; 144 images to validate on do not fill the last
+    model = tiny_pcnn(compile=True, stage="ternary")
+    fit(model, data, max_epochs=4, callbacks=[StageSwitch(2)], num_sanity_val_steps=1)
+    assert model.stage == "binary"
+    assert len(graphs) == 2
+
+
+def test_compilation_errors_are_reported_in_one_line(monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match=r"compile: .*no compiler here.* Without it: compile false") as caught:
+        fit(tiny_pcnn(compile=True))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,90 @@
+"""Interrupted and resumed runs end bit-equal to uninterrupted ones."""
+
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tiny import PROGRESSIVE, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
+
+from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
+
+
+@pytest.mark.parametrize("reinit", [False, True])
+@pytest.mark.parametrize("batches", [2, 4, 5, 8, 10, 12, 13])  # 4 per epoch, the switch is at 8
+def test_a_resumed_run_ends_bit_equal(tmp_path, batches, reinit):
+    def callbacks(folder):
+        every = ModelCheckpoint(tmp_path / folder, "step", every_n_train_steps=1, enable_version_counter=False)
+        return [StageSwitch(2), LossCurves(), StageCheckpoint(str(tmp_path / folder)), every]
+
+    def run(folder, *more, **arguments):
+        torch.manual_seed(arguments.pop("seed", 0))
+        model, used = tiny_pcnn(**PROGRESSIVE, reinit_projection=reinit), callbacks(folder)
+        data = tiny_digits(crop_padding=1)
+        fit(model, data, max_epochs=4, callbacks=[*used, *more], enable_checkpointing=True, **arguments)
+        return model, used
+
+    whole, first = run("whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run("parts", Stop(batches))
+    file = "last.ckpt" if batches % 4 == 0 else "step.ckpt"
+    resumed, second = run("parts", seed=1, ckpt_path=str(tmp_path / "parts" / file))
+    assert resumed.stage == "binary"
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert [row["stage"] for row in second[1].epochs] == ["ternary", "ternary", "binary", "binary"]
+    assert second[1].epochs == first[1].epochs
+    assert second[2].stages == first[2].stages
+
+
+class Terminate(Callback):
+    """Send SIGTERM, as a cluster does, at the start of a batch."""
+
+    def __init__(self, batch):
+        self.batch, self.seen = batch, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.seen == self.batch:
+            signal.raise_signal(signal.SIGTERM)
+        self.seen += 1
+
+
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 4), (3, 4), (3, 2)])  # batches per update and per validation
+@pytest.mark.parametrize("batch", [0, 3, 5, 7, 8, 10, 13, 15])  # 4 per epoch, the switch is at 8
+def test_a_terminated_run_resumes_bit_equal(tmp_path, batch, accumulate, every):
+    def run(folder, *more, **arguments):
+        torch.manual_seed(arguments.pop("seed", 0))
+        eta = 0.3 if accumulate > 1 else 0.0
+        model = tiny_pcnn(**PROGRESSIVE, accumulate=accumulate, eta=eta)
+        used = [StageSwitch(2), LossCurves(), StageCheckpoint(str(tmp_path / folder))]
+        data = tiny_digits(crop_padding=1)
+        arguments |= {"max_epochs": 4, "enable_checkpointing": True, "val_check_interval": every}
+        fit(model, data, callbacks=[*used, *more], **arguments)
+        return model, used
+
+    whole, first = run("whole")
+    with pytest.raises(SIGTERMException):
+        run("parts", Terminate(batch))
+    resumed, second = run("parts", seed=1, ckpt_path=str(tmp_path / "parts" / "last.ckpt"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert second[1].epochs == first[1].epochs
+    assert second[2].stages == first[2].stages
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["at an epoch's end", "within an epoch"])
+def test_a_resumed_mcn_run_ends_bit_equal(tmp_path, steps):
+    torch.manual_seed(0)
+    whole = tiny_mcn(levels=4, center_loss_weight=0.01)
+    torch.manual_seed(0)
+    first = tiny_mcn(levels=4, center_loss_weight=0.01)
+    fit(whole, max_epochs=3)
+    keep = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=steps, save_top_k=-1)
+    fit(first, max_epochs=3, max_steps=steps, callbacks=[keep], enable_checkpointing=True)
+    torch.manual_seed(1)
+    resumed = tiny_mcn(levels=4, center_loss_weight=0.01)
+    fit(resumed, max_epochs=3, ckpt_path=str(tmp_path / "x.ckpt"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

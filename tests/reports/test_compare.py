@@ -1,0 +1,314 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
+from tiny import fit, tiny_digits, tiny_pcnn
+from torch.utils.tensorboard import SummaryWriter
+
+import pcnn_lightning.reports
+from pcnn_lightning import StageSwitch
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.reports.compare import COLOURS, STYLES, draw_runs, label_runs, read_curves, read_run
+from pcnn_lightning.reports.compare import compare as compare_runs
+from pcnn_lightning.stages import STAGES
+
+TERNARY, BINARY = STAGES["ternary"], STAGES["binary"]
+
+
+def write(folder, *epochs, first=0, **settings):
+    """Log rows of scalars as Lightning does, ten steps an epoch, and the settings of the run."""
+    with SummaryWriter(folder) as writer:
+        for epoch, row in enumerate(epochs, first):
+            for name, value in {"epoch": epoch, **row}.items():
+                writer.add_scalar(name, value, 10 * epoch + 9)
+    (Path(folder) / "hparams.yaml").write_text(yaml.dump(settings))
+    return Path(folder)
+
+
+def row(accuracy, stage=BINARY, train=0.5):
+    losses = {"train/cross_entropy": 1.0, "val/cross_entropy": 1.5}
+    return {"val/accuracy": accuracy, "train/accuracy": train, "stage": stage, **losses}
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in table.splitlines()]
+
+
+TWO_STAGES = [row(0.5, TERNARY), row(0.75, TERNARY), row(0.25), row(0.625, train=0.875)]
+
+
+# The table.
+
+
+def test_each_stage_has_its_best_epoch():
+    first = write("a", *TWO_STAGES, weight=0.0)
+    second = write("b", row(0.5), row(0.5), row(0.25), weight=1e-4)
+    assert cells(compare_runs([first, second])) == [
+        ["run", "ternary best val", "epoch", "binary best val", "epoch", "last val", "last train", "logs"],
+        ["weight=0", "75.00 %", "1", "62.50 %", "3", "62.50 %", "87.50 %", "a"],
+        ["weight=0.0001", "-", "-", "50.00 %", "0", "25.00 %", "50.00 %", "b"],
+    ]
+
+
+def test_columns_are_aligned():
+    lines = compare_runs([write("a", *TWO_STAGES, weight=0.0), write("b", row(1.0), weight=1e-4)]).splitlines()
+    for header in ("ternary best val", "binary best val", "last val", "last train"):
+        end = lines[0].index(header) + len(header)
+        assert all(line[end - 1] in "%-" and line[end] == " " for line in lines[1:])
+
+
+def test_test_accuracy_has_a_column_if_logged():
+    tested = write("a", row(0.5), {"test/accuracy": 0.375})
+    other = write("b", row(0.5))
+    header, *rows = cells(compare_runs([tested, other]))
+    assert header[-2:] == ["test", "logs"]
+    assert [row[-2] for row in rows] == ["37.50 %", "-"]
+
+
+def test_lowest_loss_is_best():
+    logs = [{"val/loss": value, "train/loss": 1.0, "stage": BINARY} for value in (2.0, math.nan, 0.5, 1.0)]
+    assert cells(compare_runs([write("a", *logs)], metric="loss"))[1][1:4] == ["0.5000", "2", "1.0000"]
+
+
+def test_of_several_validations_in_an_epoch_the_best_counts():
+    with SummaryWriter("a") as writer:
+        for step, value in ((4, 0.75), (9, 0.5)):
+            writer.add_scalar("epoch", 0, step)
+            writer.add_scalar("val/accuracy", value, step)
+        for name, value in (("train/accuracy", 0.5), ("stage", TERNARY)):
+            writer.add_scalar(name, value, 9)
+    assert cells(compare_runs(["a"]))[1][1:4] == ["75.00 %", "0", "50.00 %"]
+
+
+def test_validation_in_an_epoch_that_was_broken_off_belongs_to_the_stage_so_far():
+    assert cells(compare_runs([write("a", *TWO_STAGES, {"val/accuracy": 0.6875})]))[1][1:5] == [
+        *("75.00 %", "1"),
+        *("68.75 %", "4"),
+    ]
+
+
+def test_logs_without_stages():
+    bare = [{"val/accuracy": value, "train/loss": 1.0} for value in (0.25, 0.5)]
+    assert cells(compare_runs([write("a", *bare)])) == [
+        ["run", "best val", "epoch", "last val", "last train", "logs"],
+        ["a", "50.00 %", "1", "50.00 %", "-", "a"],
+    ]
+
+
+# Labels.
+
+
+def labels(*folders):
+    runs = [read_run(Path(folder)) for folder in folders]
+    label_runs(runs)
+    return [run.label for run in runs]
+
+
+def test_runs_are_labelled_by_what_differs():
+    write("a", row(0.5), weight=0, eta=0.1, widths=(4, 8), _instantiator="x")
+    write("b", row(0.5), weight=1e-5, eta=0.1, widths=(4, 16), _instantiator="y")
+    assert labels("a", "b") == ["weight=0, widths=(4, 8)", "weight=1e-05, widths=(4, 16)"]
+
+
+def test_zero_is_zero_however_it_is_written():
+    write("a", row(0.5), weight=0, eta=0.1)
+    write("b", row(0.5), weight=0.0, eta=0.2)
+    assert labels("a", "b") == ["eta=0.1", "eta=0.2"]
+
+
+def test_families_share_labels_where_they_share_settings():
+    for name, model, settings in (
+        ("a", "PCNN", {"eta1": 0.1, "projections": 1}),
+        ("b", "PCNN", {"eta1": 0.1, "projections": 4}),
+        ("c", "MCN", {"eta1": 0.1, "planes": 4}),
+    ):
+        folder = write(name, row(0.5), **settings)
+        config = {"seed_everything": 0, "model": {"class_path": f"pcnn_lightning.{model}"}, "trainer": {}}
+        (folder / "config.yaml").write_text(yaml.dump(config))
+    assert labels("a", "b", "c") == ["model=PCNN, projections=1", "model=PCNN, projections=4", "model=MCN"]
+
+
+def test_data_length_and_seed_tell_runs_apart():
+    for name, seed, size, epochs in (("a", 0, 10, 3), ("b", 1, 20, 4)):
+        data = {"class_path": "pcnn_lightning.Digits", "init_args": {"train_size": size}}
+        config = {"seed_everything": seed, "data": data, "trainer": {"max_epochs": epochs}}
+        (write(name, row(0.5)) / "config.yaml").write_text(yaml.dump(config))
+    assert labels("a", "b") == [
+        "data.train_size=10, max_epochs=3, seed_everything=0",
+        "data.train_size=20, max_epochs=4, seed_everything=1",
+    ]
+
+
+def test_equal_runs_are_labelled_by_their_folders():
+    for name, weight in (("x/a", 0.5), ("x/b", 0.5), ("x/c", 1.0)):
+        write(name, row(0.5), weight=weight)
+    assert labels("x/a", "x/b") == ["a", "b"]
+    assert labels("x/a", "x/b", "x/c") == ["weight=0.5 (a)", "weight=0.5 (b)", "weight=1"]
+    assert labels("x/a") == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"- a list", b""])
+def test_runs_with_damaged_settings_are_labelled_by_folder(content):
+    for name in ("x/a", "y/a"):
+        folder = write(name, row(0.5))
+        for file in ("hparams.yaml", "config.yaml"):
+            (folder / file).write_bytes(content)
+    assert labels("x/a", "y/a") == ["x/a", "y/a"]
+
+
+# Finding and reading.
+
+
+def test_the_newest_training_run_below_a_folder():
+    for version in range(11):  # 10 is newer than 9, also within a second
+        write(f"runs/version_{version}", row(0.5))
+    write("runs/version_11", {"test/accuracy": 0.5})
+    write("runs/version_12", {"val/accuracy": 0.5})
+    assert read_run(Path("runs")).folder == Path("runs/version_10")
+    assert read_run(Path("runs/version_3")).folder == Path("runs/version_3")
+
+
+def test_a_resumed_run_continues_its_curves():
+    write("a", *(row(value) for value in (0.125, 0.25, 0.375, 0.5)))
+    write("a", row(0.625), row(0.75), first=2)
+    write("a", {"val/loss": 1.0}, first=9)
+    assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.125), (1, 0.25), (2, 0.625), (3, 0.75)]
+
+
+def test_points_after_the_resumed_epoch_are_dropped():
+    write("a", *(row(value) for value in (0.125, 0.25, 1.0, 1.0, 1.0)))
+    write("a", row(0.5), first=2)
+    assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.125), (1, 0.25), (2, 0.5)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_file_is_read_up_to_the_damage(damage):
+    folder = write("a", *(row(value) for value in (0.25, 0.5, 0.75)))
+    [file] = folder.glob("events*")
+    content = file.read_bytes()
+    file.write_bytes(content[:-40] if damage == "cut" else content[:-200] + b"\0" * 200)
+    assert read_curves(folder)["val/accuracy"][:2] == [(0, 0.25), (1, 0.5)]
+    assert compare_runs([folder])
+
+
+def test_long_logs_are_read_completely():
+    write("a", *(row(0.5) for _ in range(12)))
+    with SummaryWriter("a") as writer:
+        for step in range(10_050):
+            writer.add_scalar("epoch", 12, step)
+    assert len(read_curves(Path("a"))["epoch"]) == 12 + 10_050
+
+
+def test_invalid_runs_are_refused():
+    Path("empty").mkdir()
+    write("untested", {"train/accuracy": 0.5, "stage": TERNARY})
+    write("tested/version_0", {"test/accuracy": 0.5})
+    write("a", row(0.5))
+    Path("blank").mkdir()
+    Path("blank/events.out.tfevents.1.host").touch()
+    Path("file").touch()
+    for runs, message in (
+        ([], "no runs"),
+        (["missing"], "^missing: there is no such folder"),
+        (["file"], "^file: there is no such folder"),
+        (["a", "empty"], "^empty holds no TensorBoard logs"),
+        (["blank"], "^blank holds no training run with val/accuracy; what was logged there: nothing"),
+        (["untested"], "^untested holds no training run with val/accuracy; .*: epoch, stage, train/accuracy"),
+        (["tested"], "^tested holds no training run"),
+        (["a", "./a"], "a is named 2 times"),
+        (["a"] * (len(STYLES) + 1), f"{len(STYLES) + 1} runs .* at most {len(STYLES)}"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare_runs(runs)
+    with pytest.raises(InputError, match=r"^a holds no training run with val/top5"):
+        compare_runs(["a"], metric="top5")
+    assert not Path("comparison.png").exists()
+
+
+# The picture.
+
+
+def test_the_picture_is_written_where_asked():
+    compare_runs([write("a", *TWO_STAGES)], "new/folder/two.png")
+    assert imread("new/folder/two.png").shape[1] == 960
+    Path("taken.png").mkdir()
+    for output in ("taken.png", "curves.txt", "a/hparams.yaml/x.png"):
+        with pytest.raises(InputError, match=r"taken\.png|curves\.txt|hparams\.yaml"):
+            compare_runs(["a"], output)
+
+
+def test_curves_are_what_was_logged():
+    runs = [read_run(write("a", *TWO_STAGES)), read_run(write("b", row(0.5)))]
+    label_runs(runs)
+    accuracy, entropy = draw_runs(runs).axes
+    assert (accuracy.get_ylabel(), entropy.get_ylabel()) == ("accuracy (%)", "cross-entropy (nats)")
+    train, val, switch = (accuracy.lines[at] for at in (0, 1, -1))
+    assert (train.get_linestyle(), val.get_linestyle(), switch.get_linestyle()) == ("-", "--", ":")
+    assert list(val.get_xdata()) == [0, 1, 2, 3]
+    assert list(val.get_ydata()) == [50, 75, 25, 62.5]
+    assert list(switch.get_xdata()) == [1.5, 1.5]
+    assert train.get_color() == val.get_color() == switch.get_color() == COLOURS[0]
+    assert accuracy.lines[3].get_marker() == ".", "a single point can be seen"
+
+
+def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis():
+    for name, last, scale in (("a", 0.5, "linear"), ("b", 0.01, "log")):
+        run = read_run(write(name, row(0.5), {**row(0.5), "val/cross_entropy": last}))
+        assert [axes.get_yscale() for axes in draw_runs([run]).axes] == ["linear", scale]
+
+
+def test_no_two_runs_look_alike():
+    runs = [
+        read_run(write(f"{name:02}", row(0.5, stage=TERNARY), row(0.5), name=name)) for name in range(len(COLOURS) + 2)
+    ]
+    label_runs(runs)
+    figure = draw_runs(runs)
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_linestyle() == "-"]
+    assert len(set(looks)) == len(looks) == len(runs)
+    assert len(figure.axes[0].lines) == 2 * len(runs) + 1, "one line where all change together"
+    strokes, names = figure.legends
+    assert [text.get_text() for text in strokes.get_texts()] == ["training", "validation", "ternary to binary"]
+    assert [text.get_text() for text in names.get_texts()] == [f"name={name}" for name in range(len(runs))]
+
+
+@pytest.mark.parametrize("amount", [1, 4, 12])
+def test_nothing_overlaps(amount):
+    runs = [read_run(write(f"{at:02}", *TWO_STAGES, at=at, name="long_" * 12 + str(at))) for at in range(amount)]
+    label_runs(runs)
+    figure = draw_runs(runs)
+    figure.draw_without_rendering()
+    whole = figure.bbox
+    boxes = [item.get_tightbbox() for item in (*figure.axes, *figure.legends)]
+    for at, box in enumerate(boxes):
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+        assert not any(box.overlaps(other) for other in boxes[:at])
+    assert figure.axes[0].get_window_extent().height > 250
+
+
+# Real runs.
+
+
+def test_a_real_run():
+    logger = TensorBoardLogger(".", name="logs", default_hp_metric=False)
+    model, data = tiny_pcnn(stage="ternary", projection_loss_weight=0.0), tiny_digits()
+    trainer = fit(model, data, max_epochs=3, logger=logger, callbacks=[StageSwitch(1)], val_check_interval=0.5)
+    trainer.test(model, datamodule=data)
+    run = read_run(Path("logs"))
+    assert run.folder == Path("logs/version_0")
+    assert list(run.stages().values()) == ["ternary", "binary", "binary"]
+    assert [epoch for epoch, _ in run.curves["val/accuracy"]] == [0, 0, 1, 1, 2, 2]
+    assert [epoch for epoch, _ in run.curves["train/accuracy"]] == [0, 1, 2]
+    assert run.settings["projection_loss_weight"] == 0.0
+    assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
+    assert cells(compare_runs(["logs"]))[1][0] == "version_0"
+
+
+def test_reports_do_not_import_lightning():
+    code = f"import sys, {pcnn_lightning.reports.__name__}; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
