@@ -36,3 +36,4 @@ def register_family(name: str, module: str, layer: type[layers.QuantizedConv2d])
 
 register_family("PCNN", "pcnn_lightning.modules.PCNN", layers.ProjectionConv2d)
 register_family("MCN", "pcnn_lightning.modules.MCN", layers.ModulatedConv2d)
+register_family("BNN", "pcnn_lightning.modules.BNN", layers.BinaryConv2d)

@@ -4,6 +4,7 @@ Numbers in parentheses are those of chapter 3 of *Binary Neural Networks: Algori
 (Zhang, Xu, Lin, Wang and Doermann, CRC Press, 2023, https://doi.org/10.1201/9781003376132).
 """
 
+from pcnn_lightning.functional.binary import binarize as binarize
 from pcnn_lightning.functional.modulation import kmeans_1d as kmeans_1d
 from pcnn_lightning.functional.modulation import modulate as modulate
 from pcnn_lightning.functional.modulation import nearest as nearest

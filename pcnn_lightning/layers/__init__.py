@@ -2,6 +2,7 @@
 
 from pcnn_lightning.layers.activation import SignActivation as SignActivation
 from pcnn_lightning.layers.batch_norm import FrozenBatchNorm2d as FrozenBatchNorm2d
+from pcnn_lightning.layers.binary import BinaryConv2d as BinaryConv2d
 from pcnn_lightning.layers.convolution import FrozenConv2d as FrozenConv2d
 from pcnn_lightning.layers.convolution import QuantizedConv2d as QuantizedConv2d
 from pcnn_lightning.layers.convolution import Storage as Storage
