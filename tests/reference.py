@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -133,7 +134,7 @@ def modulation_gradients(
     return by_weight, by_modulation * sign(modulation.detach().double())
 
 
-def task_gradient(task: Callable[[Tensor], Tensor], x: Tensor, quantized: Tensor, **convolution: object) -> Tensor:
+def task_gradient(task: Callable[[Tensor], Tensor], x: Tensor, quantized: Tensor, **convolution: Any) -> Tensor:
     """δ: the gradient of ``task(conv2d(x, D))`` by D (or Q), by autograd through an ordinary convolution."""
     leaf = quantized.clone().requires_grad_()
     (delta,) = torch.autograd.grad(task(F.conv2d(x.detach().double(), leaf, **convolution)), leaf)

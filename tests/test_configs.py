@@ -49,8 +49,9 @@ def contains(outer: object, inner: object) -> bool:
             outer = outer["init_args"]
         return isinstance(outer, dict) and all(contains(outer.get(key), value) for key, value in inner.items())
     if isinstance(inner, list):
-        same_length = isinstance(outer, list) and len(outer) == len(inner)
-        return same_length and all(contains(*pair) for pair in zip(outer, inner, strict=True))
+        if not isinstance(outer, list) or len(outer) != len(inner):
+            return False
+        return all(contains(*pair) for pair in zip(outer, inner, strict=True))
     return outer == inner or (isinstance(outer, str) and outer.endswith(f".{inner}"))
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def synchronised_norm(layer, x):
 def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     torch.manual_seed(0)
     shared = {"center_loss_weight": 0.01, "accumulate": accumulate, "schedule": "cosine"}
+    model: Any
     if family == "PCNN":
         model = tiny_pcnn(stage="ternary", reinit_projection=True, eta=0.3, projection_loss_weight=0.1, **shared)
     else:
@@ -54,15 +56,15 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             # Micro-batches have statistics of their own, on whatever number of processes.
-            layer.forward = partial(synchronised_norm if accumulate == 1 else frozen_norm, layer)
+            layer.forward = partial(synchronised_norm if accumulate == 1 else frozen_norm, layer)  # type: ignore[method-assign]
     # 145 validation images do not divide evenly.
-    data = tiny_digits(batch_size=16 // processes // accumulate, crop_padding=1, val_fraction=0.1009)
+    data: Any = tiny_digits(batch_size=16 // processes // accumulate, crop_padding=1, val_fraction=0.1009)
     normalised = data.on_after_batch_transfer
     data.on_after_batch_transfer = lambda batch, index: [
         part.double() if part.is_floating_point() else part for part in normalised(batch, index)
     ]
     callbacks = [StageSwitch(2), LossCurves(), StageCheckpoint(folder), KeepWeights(folder)]
-    several = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
+    several: dict[str, Any] = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
     tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several).fit(model, datamodule=data)
 
 

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
         ["ruff", "check", "--no-cache", "."],
         ["ruff", "format", "--no-cache", "--check", "--diff", "."],
         ["mypy"],
+        ["mypy", "--config-file", "tests/mypy.ini"],
     ],
-    ids=["lint", "format", "types"],
+    ids=["lint", "format", "types", "types of tests"],
 )
 def test_style(tool):
     run = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -27,8 +27,9 @@ class Vanish(Callback):
     """Delete the log folder in the middle of a run."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        if trainer.current_epoch == 1 and Path(trainer.log_dir).exists():
-            shutil.rmtree(trainer.log_dir)
+        folder = Path(str(trainer.log_dir))
+        if trainer.current_epoch == 1 and folder.exists():
+            shutil.rmtree(folder)
 
 
 class TestParserErrors:

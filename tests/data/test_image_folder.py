@@ -89,7 +89,7 @@ def test_from_disk_training_depends_on_seed_epoch_and_sample_alone(tmp_path):
         before = torch.get_rng_state()
         data = ImageFolder(str(root), in_memory=False, image_size=16, batch_size=4, val_fraction=0, **options)
         loader = data.train_dataloader()
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         batches = list(loader)
         assert torch.equal(torch.get_rng_state(), before)
         return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])

@@ -1,6 +1,7 @@
 """Order and randomness depend on (seed, epoch, sample) alone."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +25,19 @@ def numbered(size: int, augmentation: Augmentation | None = None) -> MemoryImage
 
 
 def epoch_of(loader: EpochLoader, epoch: int) -> list[RawBatch]:
+    assert isinstance(loader.sampler, EpochSampler)
     loader.sampler.set_epoch(epoch)
     return list(loader)
 
 
-def loader_of(size: int, batch_size: int, num_workers: int = 0, seed: int = 0, **sampling: int) -> EpochLoader:
+def loader_of(size: int, batch_size: int, num_workers: int = 0, seed: int = 0, **sampling: Any) -> EpochLoader:
     images = numbered(size, Augmentation(seed, crop_padding=4, flip=True))
     sampler = EpochSampler(images, seed, **sampling)
-    options = {"collate_fn": as_it_is, "generator": torch.Generator(), "persistent_workers": num_workers > 0}
+    options: dict[str, Any] = {
+        "collate_fn": as_it_is,
+        "generator": torch.Generator(),
+        "persistent_workers": num_workers > 0,
+    }
     return EpochLoader(images, batch_size, sampler=sampler, num_workers=num_workers, **options)
 
 
@@ -42,7 +48,10 @@ def as_it_is(batch: RawBatch) -> RawBatch:
 def assert_same(batches: list[RawBatch], others: list[RawBatch]) -> None:
     assert len(batches) == len(others) > 0
     for batch, other in zip(batches, others, strict=True):
-        assert all(torch.equal(mine, its) for mine, its in zip(batch, other, strict=True))
+        for mine, its in zip(batch, other, strict=True):
+            assert mine is not None
+            assert its is not None
+            assert torch.equal(mine, its)
 
 
 def test_seeds_do_not_collide():

@@ -187,7 +187,7 @@ def test_the_example_runs_without_lightning():
     example = re.search(r"::\n\n(.*)", pcnn_lightning.deploy.__doc__, re.DOTALL).group(1)
     code = [line[4:] for line in example.splitlines()]
     assert len([line for line in code if line]) == 10
-    assert "\n".join(["```python", *code, "```"]) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(["```python", *code, "```"]) in (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     code += ["import sys", "assert not {'lightning', 'torchmetrics', 'torchvision', 'sklearn'} & set(sys.modules)"]
     command = [sys.executable, "-c", "\n".join(code)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})

@@ -1,5 +1,7 @@
 """Networks of all kinds, as if trained."""
 
+from typing import Any
+
 import torch
 from tiny import tiny_mcn, tiny_pcnn
 from torch import nn
@@ -9,7 +11,7 @@ from pcnn_lightning.backbones import BACKBONES
 IMAGE_SHAPE = (3, 33, 30)
 WIDTHS = {name: [4, 6, 8] if name == "vgg_small" else [4, 4, 6, 8] for name in BACKBONES}
 WIDTHS |= {name: [4, 4, 6, 8, 8] for name in BACKBONES if name.startswith("resnet")}
-MODELS = {f"PCNN {name}": (tiny_pcnn, {"backbone": name}) for name in BACKBONES}
+MODELS: dict[str, Any] = {f"PCNN {name}": (tiny_pcnn, {"backbone": name}) for name in BACKBONES}
 MODELS |= {f"MCN {name}": (tiny_mcn, {"backbone": name}) for name in BACKBONES}
 MODELS |= {
     "PCNN J=1": (tiny_pcnn, {"projections": 1}),

@@ -1,0 +1,86 @@
+"""The documentation: it builds, its commands parse, and its tables are complete."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documented import ROOT, check_command, check_links, commands
+
+from pcnn_lightning.cli import OneBitCLI
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LINES = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_each_command_parses(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    check_command(line, capsys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_links_lead_somewhere(page):
+    check_links(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_python_examples_are_valid(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        ast.parse(block)
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    reference = (tmp_path / "site" / "reference" / "layers" / "index.html").read_text(encoding="utf-8")
+    for name in ("ProjectionConv2d", "ModulatedConv2d", "BinaryConv2d", "QuantizedConv2d", "SignActivation"):
+        assert name in reference
+
+
+def test_examples_of_a_loop_run(tmp_path):
+    text = (DOCS / "guide" / "own_loop.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_example_of_a_family_trains(tmp_path):
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    (example,) = [
+        block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "register_family" in block
+    ]
+    (tmp_path / "my_family.py").write_text(example)
+    command = [sys.executable, "-m", "pcnn_lightning", "fit", "--model", "my_family.MaxNet", "--data", "Digits"]
+    command += ["--model.widths", "[2,2,2,2]", "--model.backbone", "wrn7", "--trainer.fast_dev_run", "true"]
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_table_of_configurations_names_every_one():
+    table = (DOCS / "guide" / "configuration.md").read_text(encoding="utf-8")
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == set(
+        re.findall(r"`configs/(\w+\.yaml)` \|", table)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(OneBitCLI.subcommands()))
+def test_every_subcommand_is_shown(name):
+    assert any(re.search(rf"-m pcnn_lightning {name} ", line) for line in LINES)
+
+
+def test_every_part_of_the_package_has_its_line():
+    layout = (DOCS / "contributing.md").read_text(encoding="utf-8").partition("## How the code is laid out")[2]
+    layout = layout.partition("```\n\n")[0]
+    parts = {path.name for path in (ROOT / "pcnn_lightning").iterdir() if not path.name.startswith(("_", "py.typed"))}
+    assert parts == set(re.findall(r"^  (\w+(?:\.py)?)/? ", layout, flags=re.MULTILINE))
+
+
+def test_every_test_named_as_evidence_exists():
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", (DOCS / "reliability.md").read_text(encoding="utf-8")):
+        assert Path(ROOT, name).is_file(), name
