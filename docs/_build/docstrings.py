@@ -7,11 +7,12 @@ from griffe import Extension, Object
 
 
 def to_markdown(docstring: str) -> str:
-    """Turn roles into links, ``.. math::`` into blocks of TeX, and literal blocks into code."""
+    """Turn roles into links, ``.. math::`` into blocks of TeX, tables and literal blocks into code."""
     text = re.sub(r"(?<!`)``(?!`)", "`", f"{docstring}\n")
     text = re.sub(r":(?:func|class|meth|attr|data|mod):`(~?)([\w.]+)`", _link, text)
     text = re.sub(r":math:`([^`]+)`", r"`\1`", text)
     text = re.sub(r"^( *)\.\. math::\n((?:\1 +.*\n|\n)+)", r"\1```tex\n\2\1```\n\n", text, flags=re.M)
+    text = re.sub(r"^(?P<rule>=+(?: +=+)+)\n(?:.+\n)+?(?P=rule)\n", r"```text\n\g<0>```\n", text, flags=re.M)
     text = re.sub(r"::\n\n(?=    )", ":\n\n", text)
     return re.sub(r"^Example:$", "Examples:", text, flags=re.M)
 

@@ -103,7 +103,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def in_channels(self) -> int:
-        """Number of channels of the images: 1 for grey, 3 for RGB."""
+        """Number of channels of the images: 1 for gray, 3 for RGB."""
         return len(self.mean)
 
     @property

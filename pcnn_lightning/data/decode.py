@@ -55,7 +55,7 @@ def _refuse_folder(error: OSError) -> None:
 def decode(file: str) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
-    Transparency is dropped, palettes are resolved, grey is copied to three channels and 16-bit grey is scaled to 8
+    Transparency is dropped, palettes are resolved, gray is copied to three channels and 16-bit gray is scaled to 8
     bits. EXIF orientation is ignored, as in torchvision.
 
     Raises:
@@ -103,7 +103,7 @@ def decode_all(files: Sequence[str], size: tuple[int, int], fit: bool) -> Tensor
     Args:
         files: N paths.
         size: (W, H) in pixels.
-        fit: resize and centre-crop images of any other size to this size, instead of raising an error.
+        fit: resize and center-crop images of any other size to this size, instead of raising an error.
 
     Returns:
         (N, 3, H, W) uint8.

@@ -14,7 +14,7 @@ _TEST_SIZE = 360  # one fifth of 1,797
 
 
 class Digits(ImageDataModule):
-    """1,797 grey images of handwritten digits, 8×8 pixels (UCI ML repository, Alpaydin and Kaynak, 1998).
+    """1,797 gray images of handwritten digits, 8×8 pixels (UCI ML repository, Alpaydin and Kaynak, 1998).
 
     The test set has 360 images and does not depend on the seed, so that a network trained with one seed can be tested
     with another.

@@ -19,7 +19,7 @@ class DiskImages(ImageSet):
     """Image files of any size, resized to ``size`` × ``size`` pixels by the usual ImageNet transforms.
 
     For training, a random crop with 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3 is resized and, if
-    enabled, randomly flipped. For evaluation, the shorter side is resized to ``size * 256 / 224`` before a centre crop.
+    enabled, randomly flipped. For evaluation, the shorter side is resized to ``size * 256 / 224`` before a center crop.
 
     Args:
         files: N paths.

@@ -62,7 +62,7 @@ def _one_line(error: Exception) -> str:
 
 
 class MNIST(DownloadedImages):
-    """70,000 grey images of handwritten digits, 28×28 pixels (LeCun et al., 1998); 10,000 are test images."""
+    """70,000 gray images of handwritten digits, 28×28 pixels (LeCun et al., 1998); 10,000 are test images."""
 
     source = datasets.MNIST
     folder = "MNIST/raw"
@@ -76,7 +76,7 @@ class MNIST(DownloadedImages):
 
 
 class FashionMNIST(DownloadedImages):
-    """70,000 grey images of clothing, 28×28 pixels (Xiao et al., 2017); 10,000 are test images."""
+    """70,000 gray images of clothing, 28×28 pixels (Xiao et al., 2017); 10,000 are test images."""
 
     source = datasets.FashionMNIST
     folder = "FashionMNIST/raw"

@@ -81,7 +81,7 @@ def modulate(
 
 
 def nearest(x: Tensor, centers: Tensor) -> Tensor:
-    """Round each element of ``x`` to the nearest centre; ties go to the higher one.
+    """Round each element of ``x`` to the nearest center; ties go to the higher one.
 
     :func:`modulate` quantizes kernels to more than two levels this way.
 
@@ -108,11 +108,11 @@ def kmeans_1d(x: Tensor, count: int, iterations: int = 100) -> Tensor:
 
     Args:
         x: tensor of any shape.
-        count: U, number of centres.
-        iterations: maximum number of iterations; the algorithm stops earlier once the centres no longer change.
+        count: U, number of centers.
+        iterations: maximum number of iterations; the algorithm stops earlier once the centers no longer change.
 
     Returns:
-        The centres, (U,), in ascending order, with the dtype and device of ``x``.
+        The centers, (U,), in ascending order, with the dtype and device of ``x``.
 
     Example:
         >>> kmeans_1d(torch.tensor([11.0, 0.0, 10.0, 1.0]), count=2)

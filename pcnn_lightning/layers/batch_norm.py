@@ -46,7 +46,7 @@ class FrozenBatchNorm2d(nn.Module):
         return frozen
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, num_features, H, W)."""
+        """Normalize (B, num_features, H, W)."""
         return torch.addcmul(self.shift[:, None, None], x, self.scale[:, None, None])
 
     def extra_repr(self) -> str:

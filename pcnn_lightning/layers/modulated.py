@@ -29,7 +29,7 @@ class ModulatedConv2d(QuantizedConv2d):
         groups: must be 1; grouped 1-bit convolutions are not supported.
         planes: K, number of M-Filters that modulate each kernel.
         average: MCN-1: each M-Filter acts by the mean of its absolute values, one number per plane.
-        levels: U, number of values that a kernel has before modulation: 2 for ±a, 3 or 4 for k-means centres, which
+        levels: U, number of values that a kernel has before modulation: 2 for ±a, 3 or 4 for k-means centers, which
             change only in :meth:`refresh_centers`.
         filter_loss_weight: θ of :meth:`quantization_loss` (3.18).
         binarize: False is U-MCN, the reference: kernels are modulated without quantization (stage ``"real"``), and Ĉ
@@ -41,7 +41,7 @@ class ModulatedConv2d(QuantizedConv2d):
     Attributes:
         weight: C, (out_channels / K, in_channels, kh, kw).
         modulation: M, (K, kh, kw). Only \|M\| is ever used.
-        centers: the k-means centres (U,) in ascending order; None for two levels.
+        centers: the k-means centers (U,) in ascending order; None for two levels.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
@@ -122,7 +122,7 @@ class ModulatedConv2d(QuantizedConv2d):
 
     @torch.no_grad()
     def refresh_centers(self) -> None:
-        """Find the k-means centres of C. Two levels have none."""
+        """Find the k-means centers of C. Two levels have none."""
         if self.centers is not None and not self.weight.is_meta:
             self.centers.copy_(kmeans_1d(self.weight, self.levels))
             self.forget_forward()
@@ -195,7 +195,7 @@ class FrozenModulatedConv2d(FrozenConv2d):
         signs: signs of Ĉ, (out_channels / K, in_channels, kh, kw) int8, if U = 2, else None.
         scale: a, a scalar, if U = 2, else None.
         codes: index into ``values`` of each element of Ĉ, shaped like ``signs``, int8, if U = 3 or 4, else None.
-        values: the k-means centres, (U,), if U = 3 or 4, else None.
+        values: the k-means centers, (U,), if U = 3 or 4, else None.
         kernels: Ĉ itself, if U is None, else None.
         modulation: \|M\|, (K, kh, kw), or (K, 1, 1) with ``average``.
     """
