@@ -188,6 +188,7 @@ def test_digits_runs(name):
     cli = main(["fit", f"--config={CONFIGS / name}.yaml", f"--config={CONFIGS / 'debug.yaml'}", *QUIET])
     assert cli.trainer.global_step == 1
     assert cli.model.stage == build(name).stage
+    assert not list(Path().rglob("*")), "debug.yaml promises no files"
 
 
 @pytest.mark.parametrize("name", sorted(set(RUNS) - {"digits", "mcn_digits"}))

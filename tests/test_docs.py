@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from documented import ROOT, check_command, check_links, commands
+from lightning.pytorch.cli import LightningCLI
 
 from pcnn_lightning.cli import OneBitCLI
 
@@ -84,3 +85,56 @@ def test_every_part_of_the_package_has_its_line():
 def test_every_test_named_as_evidence_exists():
     for name in re.findall(r"`(tests/[\w/]+\.py)`", (DOCS / "reliability.md").read_text(encoding="utf-8")):
         assert Path(ROOT, name).is_file(), name
+
+
+def test_the_example_of_a_loss_is_logged(tmp_path):
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "LossTerm" in block]
+    (tmp_path / "my_loss.py").write_text(example)
+    command = [sys.executable, "-m", "pcnn_lightning", "fit", "--model", "my_loss.PenalizedPCNN", "--data", "Digits"]
+    command += ["--model.widths", "[2,2,2,2]", "--model.backbone", "wrn7", "--trainer.max_epochs", "1"]
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    curves = Path(tmp_path, "runs/default/version_0/losses.csv").read_text()
+    assert {"train/logit_penalty", "val/logit_penalty"} <= set(curves.splitlines()[0].split(","))
+
+
+def test_the_reference_has_every_module():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    package = ROOT / "pcnn_lightning"
+    parts = {path.stem for path in package.iterdir() if not path.name.startswith(("_", "py.typed"))}
+    assert parts == set(re.findall(r"^::: pcnn_lightning\.(\w+)$", pages, flags=re.MULTILINE))
+
+
+def test_the_readme_has_the_numbers_of_these_pages():
+    def rows(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+    results = {cells[0]: (cells[-2], cells[-1]) for cells in rows(DOCS / "results.md") if len(cells) == 4}
+    sizes = [cells for cells in rows(DOCS / "deployment.md") if cells[0].startswith("`configs/")]
+    readme = rows(ROOT / "README.md")
+    assert [cells for cells in readme if cells[0].startswith("`configs/")] == sizes
+    three = {name: tuple(numbers) for name, *numbers in readme if len(numbers) == 2}
+    assert three == results
+
+
+def test_private_names_of_other_packages_are_listed():
+    """Names with an underscore that the package uses and does not define, or that it overrides in LightningCLI."""
+    used, defined = set(), set()
+    for path in (ROOT / "pcnn_lightning").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.FunctionDef(name=name):
+                    defined.add(name)
+                case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
+                    defined.add(name)
+                case ast.Attribute(attr=name):
+                    used.add(name)
+                case ast.ImportFrom(module=str(name)):
+                    used.update(part for part in name.split(".") if part.startswith("_"))
+    theirs = {name for name in used - defined if name.startswith("_") and not name.endswith("__")}
+    theirs |= {name for name in defined & set(dir(LightningCLI)) if name.startswith("_") and not name.endswith("__")}
+    listed = (DOCS / "contributing.md").read_text(encoding="utf-8").partition("## Private names")[2]
+    assert {name for name in theirs if not re.search(rf"\b{name}\b", listed)} == set()

@@ -63,7 +63,8 @@ class StageCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":  # not at the first checkpoint, an epoch later
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Now rather than at the first checkpoint, an epoch later.
             check_writable(Path(str(self.dirpath)))
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()

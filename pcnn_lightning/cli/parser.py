@@ -19,11 +19,12 @@ from pcnn_lightning.cli.checkpoint_argument import (
     packed_config,
 )
 from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
-from pcnn_lightning.cli.subcommands import compare_runs, summary_of
+from pcnn_lightning.cli.subcommands import summary_of
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import is_packed
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
+from pcnn_lightning.reports import compare
 
 
 class Parser(LightningArgumentParser):
@@ -143,7 +144,8 @@ class OneBitCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "compare":
-            compare_runs(**{name: self.config["compare"][name] for name in ("runs", "output", "metric")})
+            asked = self.config["compare"]
+            print(compare(asked["runs"], asked["output"], asked["metric"]))
         else:
             super()._run_subcommand(subcommand)
 

@@ -12,7 +12,7 @@ from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.deploy import save_onnx, save_packed, save_torch
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.modules import OneBitClassifier, describe
-from pcnn_lightning.reports import NetworkSummary, compare, summarize
+from pcnn_lightning.reports import NetworkSummary, summarize
 from pcnn_lightning.reports.benchmark import Setting, benchmark_inference, benchmark_layer, benchmark_training
 
 EXPORTERS = {"packed": (save_packed, ".safetensors"), "onnx": (save_onnx, ".onnx"), "torch": (save_torch, ".pt2")}
@@ -143,11 +143,6 @@ class OneBitTrainer(Trainer):
 
     def compare(self) -> None:
         """Draw the curves of several runs into one picture and print their best epochs as a table."""
-
-
-def compare_runs(runs: list[str], output: str, metric: str) -> None:
-    """Print what :func:`pcnn_lightning.reports.compare` returns."""
-    print(compare(runs, output, metric))
 
 
 def summary_of(model: LightningModule, datamodule: LightningDataModule) -> NetworkSummary:

@@ -17,7 +17,7 @@ from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layer
 from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
 from pcnn_lightning.modules.accumulation import synced_only_if, update_of
 from pcnn_lightning.modules.divergence import DivergenceWatch
-from pcnn_lightning.modules.metrics import EpochMeans, accuracy
+from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracy
 from pcnn_lightning.modules.optimization import (
     GroupSettings,
     begin_optimization,
@@ -122,7 +122,8 @@ class OneBitClassifier(LightningModule):
             raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
         shape = (schedule, tuple(milestones), decay, warmup_epochs)
         self.groups: tuple[GroupSettings, ...] = (group_settings("eta1", eta1, *shape, weight_decay),)
-        self._terms = nn.ModuleDict({"cross_entropy": CrossEntropy(label_smoothing)})
+        self._terms, self.train_means = nn.ModuleDict(), EpochMeans(num_classes)
+        self.add_term("cross_entropy", CrossEntropy(label_smoothing))
         self.val_accuracy, self.test_accuracy = accuracy(num_classes), accuracy(num_classes)
         self.stage, self.stage_start = "full_precision", 0
         self.stage_end: int | None = None
@@ -159,7 +160,7 @@ class OneBitClassifier(LightningModule):
         layers = list(self.one_bit_layers.values())
         if names := dict.fromkeys(layer.loss_name for layer in layers if layer.loss_name is not None):
             name = next(iter(names))
-            self._terms[name] = QuantizationLoss(name.replace("_", " "))
+            self.add_term(name, QuantizationLoss(name.replace("_", " ")))
         classifier = self.net.classifier
         options = [hparams[f"center_loss_{name}"] for name in ("weight", "alpha", "start")]
         try:
@@ -167,9 +168,12 @@ class OneBitClassifier(LightningModule):
         except ValueError as error:
             raise ValueError(f"center_loss_{error}") from None  # the name that its argument has here
         if center_loss.weight > 0:
-            self._terms["center_loss"] = center_loss
-        self.train_means = EpochMeans(["loss", *self.terms], hparams["num_classes"])
+            self.add_term("center_loss", center_loss)
         self.stage = layers[0].stage if layers else "full_precision"
+
+    def add_term(self, name: str, term: LossTerm) -> None:
+        """Add a term to the loss, which is logged as ``train/<name>`` and ``val/<name>``."""
+        self._terms[name], self.train_means[name] = term, SampleMean()
 
     def twin(self) -> "OneBitClassifier":
         """An untrained full-precision twin: the same widths, blocks and hyperparameters, with ordinary convolutions."""

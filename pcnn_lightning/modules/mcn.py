@@ -1,5 +1,6 @@
 """Modulated convolutional networks."""
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -48,18 +49,6 @@ class MCN(TwoRateClassifier):
         super().__init__(backbone=backbone, **others)
         if planes < 1:
             raise ValueError(f"planes must be at least 1, but got {planes}")
-        default_planes = planes
-
-        def convolution(*shape: int, planes: int = default_planes) -> ModulatedConv2d:
-            return ModulatedConv2d(
-                *shape,
-                planes=planes,
-                average=average,
-                levels=levels,
-                filter_loss_weight=filter_loss_weight,
-                binarize=binarize,
-                scale=scale,
-                modulation_init=modulation_init,
-            )
-
+        names = ("average", "levels", "filter_loss_weight", "binarize", "scale", "modulation_init")
+        convolution = partial(ModulatedConv2d, planes=planes, **{name: self.hparams[name] for name in names})
         self.build_network(convolution, nn.Identity, planes)

@@ -1,6 +1,6 @@
 """Means over an epoch of training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,12 +42,11 @@ class EpochMeans(nn.ModuleDict):
     They are kept here rather than by Lightning, so that a checkpoint within an epoch can hold them.
 
     Args:
-        losses: names of the losses.
         num_classes: number of classes.
     """
 
-    def __init__(self, losses: Sequence[str], num_classes: int) -> None:
-        super().__init__({**{name: SampleMean() for name in losses}, "accuracy": accuracy(num_classes)})
+    def __init__(self, num_classes: int) -> None:
+        super().__init__({"loss": SampleMean(), "accuracy": accuracy(num_classes)})
 
     def add(self, losses: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         """Add a batch: ``losses`` by name, ``logits`` (B, num_classes) and ``labels`` (B,)."""

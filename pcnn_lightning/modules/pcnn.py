@@ -57,16 +57,11 @@ class PCNN(TwoRateClassifier):
         if stage not in ("ternary", "binary"):
             raise ValueError(f"stage must be one of ternary, binary, but got {stage!r}")
 
+        names = ("sigma", "projection_loss_weight", "eta", "projection_forward", "projection_init")
+        options = {name: self.hparams[name] for name in names}
+
         def convolution(*shape: int, planes: int = projections) -> ProjectionConv2d:
-            return ProjectionConv2d(
-                *shape,
-                projections=planes,
-                sigma=sigma,
-                projection_loss_weight=projection_loss_weight,
-                eta=eta,
-                projection_forward=projection_forward,
-                projection_init=projection_init,
-            )
+            return ProjectionConv2d(*shape, projections=planes, **options)
 
         self.build_network(convolution, partial(SignActivation, activation_gradient), projections)
         if self.one_bit_layers:
