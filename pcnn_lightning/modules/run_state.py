@@ -1,24 +1,35 @@
 """What a checkpoint holds of a run beside weights and optimizer, so that the run can go on bit for bit."""
 
-from __future__ import annotations
+from collections.abc import Iterator
+from typing import Any, Protocol
 
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 
 from pcnn_lightning.checkpoints import check_same_tensors
 from pcnn_lightning.errors import InputError
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
-    from pcnn_lightning.modules.classifier import OneBitClassifier
+from pcnn_lightning.modules.metrics import EpochMeans
+from pcnn_lightning.stages import StagedModule
 
 Pending = dict[str, dict[str, Tensor]]
 """State of an unfinished update: gradients, and the state of each term and of each layer."""
 
 
-def save_run(module: OneBitClassifier) -> dict[str, Any]:
+class ResumableModule(StagedModule, Protocol):
+    """A module whose runs can be resumed within an update."""
+
+    family: str
+    train_means: EpochMeans
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+def save_run(module: ResumableModule) -> dict[str, Any]:
     """The record of a run, which checkpoints hold as ``one_bit``."""
     return {
         "family": module.family,
@@ -30,7 +41,7 @@ def save_run(module: OneBitClassifier) -> dict[str, Any]:
     }
 
 
-def check_run(module: OneBitClassifier, checkpoint: dict[str, Any], fitting: bool) -> None:
+def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool) -> None:
     """Check that a model can go on from a checkpoint.
 
     Raises:
@@ -48,7 +59,7 @@ def check_run(module: OneBitClassifier, checkpoint: dict[str, Any], fitting: boo
         )
 
 
-def pending_update(module: OneBitClassifier) -> Pending:
+def pending_update(module: ResumableModule) -> Pending:
     """State of an unfinished update, equal on all processes and without loss scale."""
     scale, reduce = _loss_scale(module.trainer), module.trainer.strategy.reduce
     parts = {
@@ -61,7 +72,7 @@ def pending_update(module: OneBitClassifier) -> Pending:
     }
 
 
-def restore_update(module: OneBitClassifier, pending: Pending) -> None:
+def restore_update(module: ResumableModule, pending: Pending) -> None:
     """Restore what :func:`pending_update` returned; an empty dictionary restores the start of an update."""
     gradients = pending.get("gradients", {})
     for name, parameter in module.named_parameters():
