@@ -91,29 +91,30 @@ def test_overlay(capsys, overlay):
     assert changed == base
 
 
-EXPECTED = {  # stage, and what must hold for each 1-bit layer
-    "cifar": ("ternary", {"planes": 4, "projection_loss_weight": 1e-4}),
-    "cifar100": ("ternary", {"planes": 4}),
-    "cifar_binary": ("binary", {"planes": 4, "projection_loss_weight": 1e-4}),
-    "digits": ("ternary", {"planes": 1}),
-    "imagenet_resnet18": ("binary", {"planes": 1}),
-    "mcn_digits": ("binary", {"average": False, "binarize": True}),
-    "mcn_cifar": ("binary", {"average": False, "binarize": True}),
-    "mcn1_cifar": ("binary", {"average": True, "binarize": True}),
-    "umcn_cifar": ("real", {"average": False, "binarize": False}),
+EXPECTED = {  # family, backbone, J or K, stage, and what else must hold for each 1-bit layer
+    "cifar": ("PCNN", "wrn22", 4, "ternary", {"projection_loss_weight": 1e-4}),
+    "cifar100": ("PCNN", "wrn22", 4, "ternary", {}),
+    "cifar_binary": ("PCNN", "wrn22", 4, "binary", {"projection_loss_weight": 1e-4}),
+    "digits": ("PCNN", "wrn7", 1, "ternary", {}),
+    "imagenet_resnet18": ("PCNN", "resnet18", 1, "binary", {}),
+    "mcn_digits": ("MCN", "mcn8", 4, "binary", {"average": False, "binarize": True}),
+    "mcn_cifar": ("MCN", "mcn20", 4, "binary", {"average": False, "binarize": True}),
+    "mcn1_cifar": ("MCN", "mcn20", 4, "binary", {"average": True, "binarize": True}),
+    "umcn_cifar": ("MCN", "mcn20", 4, "real", {"average": False, "binarize": False}),
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_layers(name):
-    stage, attributes = EXPECTED[name]
+    family, backbone, planes, stage, attributes = EXPECTED[name]
     model = build(name)
-    assert model.stage == stage
-    depth = {"wrn22": 18, "wrn7": 3, "resnet18": 16, "mcn20": 19, "mcn8": 7}[model.hparams["backbone"]]
+    assert (model.family, model.hparams["backbone"], model.planes, model.stage) == (family, backbone, planes, stage)
+    depth = {"wrn22": 18, "wrn7": 3, "resnet18": 16, "mcn20": 19, "mcn8": 7}[backbone]
     layers = [layer for layer in model.one_bit_layers.values() if layer.kernel_size == (3, 3)]
     assert len(layers) == depth
     for layer in layers:
         assert layer.stage == stage
+        assert layer.out_channels // len(layer.weight) == planes
         assert {attribute: getattr(layer, attribute) for attribute in attributes} == attributes
 
 
