@@ -12,7 +12,7 @@ class Family(NamedTuple):
     """What belongs to a family.
 
     Attributes:
-        module: the import path of its LightningModule, which is imported only where it is needed.
+        module: the import path of its LightningModule.
         layer: its 1-bit convolution, which also makes the inference layers of a packed file.
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -67,6 +67,8 @@ def trainer_arguments(run: Namespace) -> dict[str, Any]:
     for callback in callbacks:
         if isinstance(callback, StageCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(run_dir).expanduser().resolve() / "checkpoints")
+    if run["checkpoint"] is None and not any(isinstance(one, Checkpoint) for one in callbacks):
+        arguments["enable_checkpointing"] = False  # otherwise Lightning adds a checkpoint callback of its own
     if arguments["logger"] is None:
         arguments["logger"] = TensorBoardLogger(save_dir=run_dir, name="", default_hp_metric=False)
     if arguments["default_root_dir"] is None:

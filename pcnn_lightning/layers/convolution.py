@@ -147,6 +147,7 @@ class QuantizedConv2d(Convolution2d):
     @abstractmethod
     def quantize(self) -> tuple[Tensor, Tensor | None]:
         """The kernels to convolve with, (out_channels, in_channels, kh, kw), and the weighted quantization loss."""
+        raise NotImplementedError(f"{type(self).__name__} must implement quantize()")
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, in_channels, H, W), as :func:`torch.nn.functional.conv2d` does.
@@ -220,7 +221,7 @@ class QuantizedConv2d(Convolution2d):
         layer = self.empty_frozen(*self.shape, stage=self.stage, scaling=self.scaling).to(self.weight.device)
         kernels = self.quantized_weight()
         # Binary kernels of scale 0 are all 0, whatever their signs.
-        signs = kernels.sign() if self.levels == 3 else 1.0 - 2.0 * (kernels < 0)
+        signs = kernels.sign() if layer.levels == 3 else 1.0 - 2.0 * (kernels < 0)
         layer.signs = signs.to(torch.int8)
         if layer.scale is not None:
             layer.scale = _largest(kernels, self.scaling).reshape(layer.scale.shape)

@@ -59,6 +59,7 @@ class LossTerm(nn.Module):
             batches: number of batches and processes that the loss of an update is averaged over, for terms that are
                 sums over an update.
         """
+        raise NotImplementedError(f"{type(self).__name__} must implement value()")
 
     def begin_evaluation(self, layers: Sequence[QuantizedConv2d]) -> None:
         """Called before a validation or test epoch, in which no parameter changes."""
@@ -117,7 +118,11 @@ class QuantizationLoss(LossTerm):
         return self._sum(outputs.layers)
 
     def begin_evaluation(self, layers: Sequence[QuantizedConv2d]) -> None:
-        self._in_evaluation = self._sum(layers)
+        self._in_evaluation = self._sum(layers).detach()
+
+    def train(self, mode: bool = True) -> "QuantizationLoss":
+        self._in_evaluation = None  # parameters change in training
+        return super().train(mode)
 
     @staticmethod
     def _sum(layers: Sequence[QuantizedConv2d]) -> Tensor:

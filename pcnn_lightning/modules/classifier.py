@@ -158,6 +158,9 @@ class OneBitClassifier(LightningModule):
             dropout=hparams["dropout"],
         )
         layers = list(self.one_bit_layers.values())
+        for layer in layers:
+            if (layer.quantization_loss() is None) != (layer.loss_name is None):
+                raise ValueError(f"{type(layer).__name__} must have a quantization loss and a loss_name, or neither")
         if names := dict.fromkeys(layer.loss_name for layer in layers if layer.loss_name is not None):
             name = next(iter(names))
             self.add_term(name, QuantizationLoss(name.replace("_", " ")))
@@ -172,7 +175,13 @@ class OneBitClassifier(LightningModule):
         self.stage = layers[0].stage if layers else "full_precision"
 
     def add_term(self, name: str, term: LossTerm) -> None:
-        """Add a term to the loss, which is logged as ``train/<name>`` and ``val/<name>``."""
+        """Add a term to the loss, which is logged as ``train/<name>`` and ``val/<name>``.
+
+        Raises:
+            ValueError: if the name is taken.
+        """
+        if name in self.train_means:
+            raise ValueError(f"name must be another than {', '.join(self.train_means)}, but got {name!r}")
         self._terms[name], self.train_means[name] = term, SampleMean()
 
     def twin(self) -> "OneBitClassifier":
@@ -240,6 +249,7 @@ class OneBitClassifier(LightningModule):
             self.net.features.compile()
 
     def on_fit_start(self) -> None:
+        self.divergence = DivergenceWatch()  # without the memory of an earlier fit
         if self.hparams["init_from"] is not None and self.trainer.ckpt_path is None:
             self.start_from(self.hparams["init_from"])
         self.prepare_features(compile=self.hparams["compile"], channels_last=self.hparams["channels_last"])

@@ -68,7 +68,15 @@ def group_options(settings: Sequence[GroupSettings], hparams: Mapping[str, Any])
 def make_optimizer(
     parameters: Mapping[str, list[nn.Parameter]], settings: Sequence[GroupSettings], hparams: Mapping[str, Any]
 ) -> Optimizer:
-    """An optimizer of named groups of parameters."""
+    """An optimizer of named groups of parameters.
+
+    Raises:
+        ValueError: if there are more groups than learning rates.
+    """
+    if len(parameters) > len(settings):
+        raise ValueError(
+            f"{', '.join(list(parameters)[len(settings) :])} have no learning rate: derive from TwoRateClassifier"
+        )
     groups = [
         {"params": members, "name": name, "lr": one.rate.base, **options}
         for (name, members), one, options in zip(

@@ -14,7 +14,7 @@ def check_trainer(trainer: Trainer) -> None:
         InputError: names the setting, and what to use instead.
     """
     if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise InputError("LearningRateFinder looks for one learning rate, but this model has eta1 and eta2")
+        raise InputError("LearningRateFinder does not know eta1 and eta2: set them yourself")
     if trainer.precision in ("16-true", "bf16-true"):
         raise InputError(
             f"trainer.precision {trainer.precision} would round the latent weights: use 32-true, bf16-mixed or 16-mixed"

@@ -47,6 +47,7 @@ def test_each_can_be_turned_off(command, key, by):
     run = command(*RUN, f"--{key}=null" if by == "flag" else "--config=off.yaml", "--trainer.limit_train_batches=1")
     assert run.code == 0, run.err
     assert [len(of_kind(run, kind)) for kind in DEFAULTS.values()] == [int(name != key) for name in DEFAULTS]
+    assert bool(list(Path("runs").rglob("*.ckpt"))) == (key != "checkpoint")
 
 
 def test_each_can_be_changed_by_file_and_flag(command):

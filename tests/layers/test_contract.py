@@ -103,3 +103,22 @@ def test_evaluation_mode_has_the_gradient_of_training_mode(name):
 def test_one_bit_layers_are_found_by_their_names():
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(Plain(3, 4, 1)), ProjectionConv2d(4, 4, 1))
     assert list(one_bit_layers(network)) == ["1.0", "2"]
+
+
+def test_a_layer_without_quantize_says_so():
+    with pytest.raises(NotImplementedError, match="QuantizedConv2d must implement quantize"):
+        QuantizedConv2d(2, 4, 3).quantized_weight()
+
+
+class OwnLevels(Plain):
+    """Ternary kernels in a layer whose only stage is binary."""
+
+    levels = 3
+
+    def quantize(self):
+        return self.weight.sign() * (self.weight.abs() > 0.1), None
+
+
+def test_zeros_that_a_packed_file_could_not_hold_are_refused():
+    with pytest.raises(ValueError, match="OwnLevels cannot be frozen"):
+        freeze(OwnLevels(2, 4, 3))

@@ -97,3 +97,23 @@ def test_label_smoothing_is_for_training_only():
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.5)
     assert torch.equal(term.train().value(outputs), expected)
     assert torch.equal(term.eval().value(outputs), torch.nn.functional.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("name", ["loss", "accuracy", "cross_entropy"])
+def test_a_taken_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"but got '{name}'"):
+        tiny_pcnn().add_term(name, Counter())
+
+
+def test_evaluation_after_a_change_of_weights_has_a_fresh_quantization_loss():
+    model = tiny_pcnn()
+    layers = list(model.one_bit_layers.values())
+    term = model.terms["projection_loss"].eval()
+    term.begin_evaluation(layers)
+    before = term.value(Outputs(None, None, None, layers))
+    assert not before.requires_grad
+    model.train()
+    with torch.no_grad():
+        layers[0].weight *= 3
+    model.eval()
+    assert term.value(Outputs(None, None, None, layers)) > before

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from tiny import fit, tiny_mcn, tiny_pcnn
 
+from pcnn_lightning import OneBitClassifier, ProjectionConv2d
 from pcnn_lightning.backbones import BACKBONES
 
 
@@ -56,3 +57,15 @@ def test_the_learning_rate_monitor_sees_both_groups(tmp_path):
         "kernels": {0.05},
         "projections": {0.01},
     }
+
+
+def test_a_second_parameter_without_a_learning_rate_is_refused():
+    class OneRate(OneBitClassifier):
+        family = "PCNN"
+
+        def __init__(self):
+            super().__init__(in_channels=1, backbone="wrn7", widths=[2, 2, 2, 2])
+            self.build_network(ProjectionConv2d)
+
+    with pytest.raises(ValueError, match="projections have no learning rate: derive from TwoRateClassifier"):
+        OneRate().configure_optimizers()
