@@ -11,6 +11,7 @@ from pcnn_lightning.callbacks import StageCheckpoint
 from pcnn_lightning.callbacks.stage_checkpoint import RECORD
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.families import FAMILIES
 
 LINKED = {"num_classes": 10, "in_channels": 3}
 """Arguments that a model takes from its data, with their defaults."""
@@ -33,7 +34,10 @@ def model_config(path: str) -> str:
         for name, value in checkpoint["hyper_parameters"].items()
         if name not in LINKED and not name.startswith("_")
     }
-    class_path = checkpoint["one_bit"].get("class_path")
+    saved = checkpoint["one_bit"]
+    class_path, family = saved.get("class_path"), FAMILIES.get(saved.get("family"))
+    if family is not None and str(class_path).rpartition(".")[2] == family.module.rpartition(".")[2]:
+        class_path = family.module  # where it is now, should the class have moved since
     return json.dumps({"model": {"class_path": class_path, "init_args": hparams}})
 
 

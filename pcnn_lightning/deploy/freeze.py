@@ -51,7 +51,7 @@ def _freeze_layer(layer: QuantizedConv2d) -> FrozenConv2d:
     # Signs and scales cannot represent arbitrary kernels, and the layer may be user-defined.
     if not torch.equal(frozen.quantized_weight(), layer.quantized_weight()):
         raise ValueError(
-            f"{type(layer).__name__} cannot be frozen: its kernels are not signs times a scale per {layer.scaling}. "
+            f"{type(layer).__name__} cannot be frozen: its kernels are not signs with scaling {layer.scaling!r}. "
             "Set its scaling, or override frozen()"
         )
     return frozen

@@ -302,7 +302,7 @@ class FrozenConv2d(Convolution2d):
         if levels not in (2, 3):
             raise ValueError(f"levels must be 2 or 3, but got {levels!r}")
         check_choice("scaling", scaling, ("layer", "channel", "none"))
-        self.levels = levels
+        self.levels: int | None = levels
         self.options: dict[str, Any] = {"scaling": scaling}
         self.symbols = range(-1, 2, 2) if levels == 2 else range(-1, 2)
         signs = torch.ones(self.out_channels, self.in_channels, *self.kernel_size, dtype=torch.int8)

@@ -214,7 +214,7 @@ class FrozenModulatedConv2d(FrozenConv2d):
         if not isinstance(average, bool):
             raise ValueError(f"average must be True or False, but got {average!r}")
         self.options = {"average": average, "levels": levels}
-        self.planes = planes
+        self.planes, self.levels = planes, levels
         self.symbols = range(-1, 2, 2) if levels == 2 else range(levels or 0)
         kernels = (self.out_channels // planes, self.in_channels, *self.kernel_size)
         self.register_buffer("signs", torch.ones(kernels, dtype=torch.int8) if levels == 2 else None)

@@ -73,7 +73,7 @@ def test_storage_of_other_layers_is_that_of_their_parameters(kind):
 
 
 def test_kernels_that_are_not_signs_are_not_frozen_silently():
-    with pytest.raises(ValueError, match=r"Real cannot be frozen: its kernels are not signs times a scale per channel"):
+    with pytest.raises(ValueError, match=r"Real cannot be frozen: its kernels are not signs with scaling 'channel'"):
         freeze(nn.Sequential(Real(2, 4, 3)))
 
 
