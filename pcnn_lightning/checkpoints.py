@@ -2,6 +2,7 @@
 
 import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from pcnn_lightning.files import is_packed, write_whole
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all; Lightning's own moves them from a temporary folder, which may copy."""
+    """Writes checkpoints whole or not at all, and reads them without running code from them.
+
+    Lightning's own moves them from a temporary folder, which may copy.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -31,16 +35,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         write_whole(Path(path), content.getbuffer())
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint as :func:`load_checkpoint` does, whatever the other arguments and the environment say."""
+        return load_checkpoint(str(path))
+
 
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint of this package onto the CPU, without running code from it.
 
     Raises:
-        InputError: if there is no such file, or it is damaged or not written by pcnn_lightning.
+        InputError: if there is no such file, or it is remote, damaged or not written by pcnn_lightning.
     """
+    if "://" in path:
+        raise InputError(f"a checkpoint must be a local file, but got {path}: download it first")
     if is_packed(path):
         raise InputError(f"{path} is a packed network: it cannot be trained; test it with the flag --ckpt_path")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+            if (record := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{record} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None

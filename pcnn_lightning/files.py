@@ -1,6 +1,9 @@
 """Reading and writing files safely."""
 
 import os
+import re
+import secrets
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,22 +34,49 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: to a temporary file beside ``path``, which then replaces it.
+    """Write a file whole or not at all: to a temporary file beside it, which then replaces it.
 
-    A full disk or ``kill -9`` leaves the previous file as it was.
+    A full disk or ``kill -9`` leaves the previous file as it was, and writers of the same file do not disturb each
+    other. A symbolic link stays one, and a pipe or device is written to as it is.
 
     Raises:
         InputError: if the file cannot be written.
     """
-    unfinished = Path(f"{path}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(content)
+            return
+        _replace(Path(os.path.realpath(path)), content)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from error
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = f"{socket.gethostname()}-{os.getpid()}"
+    unfinished = path.with_name(f"{path.name}.{own}-{secrets.token_hex(4)}.part")
+    try:
+        with unfinished.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # the folder may be a file
+    finally:
+        with suppress(OSError):  # it was moved, or never made
             unfinished.unlink()
-        raise InputError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from error
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove the temporary files that processes of this machine have left when they were killed."""
+    if os.name != "posix":  # elsewhere, os.kill would end the process that it is to look for
+        return
+    own = re.compile(rf"{re.escape(f'{path.name}.{socket.gethostname()}')}-(\d+)-[0-9a-f]{{8}}\.part")
+    for left in path.parent.iterdir():
+        if match := own.fullmatch(left.name):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
+            except OSError:  # another user's process
+                pass

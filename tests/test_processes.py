@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import frozen_norm, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
+from tiny import Save, frozen_norm, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -89,6 +89,32 @@ def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
         )
 
 
+def train_with_dropout(folder: str, max_steps: int, seed: int, ckpt_path: str | None) -> None:
+    """Train two processes, whose random numbers differ, and save checkpoints."""
+    several: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+    trainer = tiny_trainer(max_epochs=2, max_steps=max_steps, callbacks=[KeepWeights(folder), Save()], **several)
+    torch.manual_seed(seed + trainer.global_rank)
+    trainer.fit(tiny_mcn(dropout=0.3), tiny_digits(batch_size=8), ckpt_path=ckpt_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batches", "file"), [(2, "batch"), (4, "epoch")])  # 4 per epoch
+def test_two_processes_with_dropout_resume_bit_equal(tmp_path, batches, file):
+    def run(name, *arguments):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, __file__, "dropout", str(tmp_path / name), *map(str, arguments)]
+        subprocess.run(command, check=True, timeout=300, cwd=tmp_path / name)
+        return [torch.load(tmp_path / name / f"rank{rank}.pt") for rank in range(2)]
+
+    whole = run("whole", -1, 0)
+    run("first", batches, 0)
+    resumed = run("second", -1, 5, tmp_path / "first" / f"{file}.ckpt")
+    for rank in range(2):
+        for name, value in whole[rank].items():
+            if rank == 0 or "running" not in name:  # a checkpoint has the batch statistics of the first process
+                assert torch.equal(resumed[rank][name], value), name
+
+
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 LAUNCHERS = {
     "Trainer flags": [sys.executable, "-m", "pcnn_lightning"],
@@ -109,9 +135,9 @@ def test_both_ways_to_start_two_processes_write_everything_once(tmp_path, launch
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("Compression: ") == 1
     assert ended.stdout.count("stage    best val/accuracy") == 1
-    logs = tmp_path / "runs" / "digits"
-    assert {path.name for path in logs.iterdir()} == {"version_0", "checkpoints"}
-    assert len(list((logs / "version_0").glob("events.*"))) == 1
+    (logs,) = (tmp_path / "runs" / "digits").iterdir()
+    assert logs.name == "version_0"
+    assert len(list(logs.glob("events.*"))) == 1
     assert {path.name for path in (logs / "checkpoints").iterdir()} == {
         "ternary.ckpt",
         "binary.ckpt",
@@ -121,4 +147,7 @@ def test_both_ways_to_start_two_processes_write_everything_once(tmp_path, launch
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    if sys.argv[1] == "dropout":
+        train_with_dropout(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] if sys.argv[5:] else None)
+    else:
+        train(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

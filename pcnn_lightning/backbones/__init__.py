@@ -13,6 +13,7 @@ from pcnn_lightning.backbones.mcn import mcn_small, mcn_wide
 from pcnn_lightning.backbones.resnet import resnet
 from pcnn_lightning.backbones.vgg import vgg_small
 from pcnn_lightning.backbones.wide_resnet import wide_resnet
+from pcnn_lightning.checks import check_integer, check_number
 
 Backbone = Callable[..., Network]
 """Takes ``(num_classes, in_channels, convolution, activation)``, ``widths``, ``planes`` and, in some, ``dropout``."""
@@ -62,10 +63,8 @@ def build_backbone(
     if name not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, but got {name!r}")
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, but got {value}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), but got {dropout}")
+        check_integer(argument, value, 1)
+    check_number("dropout", dropout, 0, below=1)
     chosen: dict[str, Any] = {} if widths is None else {"widths": widths}
     if "dropout" in inspect.signature(BACKBONES[name]).parameters:
         chosen["dropout"] = dropout

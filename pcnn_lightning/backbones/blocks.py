@@ -137,8 +137,8 @@ def channel_counts(widths: Sequence[int], count: int, planes: int) -> list[int]:
     Raises:
         ValueError: if the number of widths is not ``count``, or one is not positive.
     """
-    if len(widths) != count or any(maps < 1 for maps in widths):
+    if len(widths) != count or any(not isinstance(maps, int) or maps < 1 for maps in widths):
         raise ValueError(
-            f"widths must be {count} positive numbers of feature maps for this backbone, but got {list(widths)}"
+            f"widths must be {count} positive whole numbers of feature maps for this backbone, but got {list(widths)}"
         )
     return [maps * planes for maps in widths]

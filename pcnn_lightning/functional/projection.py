@@ -135,9 +135,10 @@ def _quantize(
 
 
 class _Project(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
     def forward(
-        ctx: Any,
         weight: Tensor,
         projection: Tensor,
         quantized_sum: Tensor | None,
@@ -145,12 +146,16 @@ class _Project(torch.autograd.Function):
         options: tuple[int, float, float, float, ProjectionForward],
     ) -> tuple[Tensor, Tensor]:
         levels, sigma, loss_weight, _, projection_forward = options
-        ctx.save_for_backward(weight, projection)
-        ctx.options, ctx.sums_wanted = options, quantized_sum is not None
         kernels, matrices = weight.unsqueeze(1), projection[None, :, None]
         quantized = _quantize(kernels, matrices, levels, sigma, projection_forward)
         residual = (matrices * kernels - quantized).to(torch.promote_types(weight.dtype, torch.float32))
         return quantized.flatten(0, 1), 0.5 * loss_weight * residual.square().sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight, projection, quantized_sum, _, ctx.options = inputs
+        ctx.save_for_backward(weight, projection)
+        ctx.sums_wanted = quantized_sum is not None
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,15 +170,18 @@ class _Project(torch.autograd.Function):
         pull = loss_weight * grad_loss.to(weight.dtype)
         residual = product - _quantize(kernels, matrices, levels, sigma, projection_forward)
         if eta == 0:
-            through = task + pull * residual
-            grad_weight, per_kernel = through * matrices, through * kernels
+            # Two sums rather than one, so that the gradient has the same bits if the loss comes from a second call.
+            pulled = pull * residual
+            grad_weight = (task * matrices).sum(dim=1) + (pulled * matrices).sum(dim=1)
+            grad_projection = (task * kernels).sum(dim=(0, 2)) + (pulled * kernels).sum(dim=(0, 2))
         else:
             # δ must not contain the loss scale. If L_P is not part of the loss, the look-ahead is zero.
             ahead = eta * torch.where(grad_loss == 0, 0.0, by_projection / grad_loss)
             looked_ahead = residual + matrices * ahead
-            grad_weight = (task + pull * looked_ahead) * matrices
+            grad_weight = ((task + pull * looked_ahead) * matrices).sum(dim=1)
             ahead_only = residual if ctx.sums_wanted else looked_ahead
             per_kernel = task * kernels + pull * (looked_ahead * kernels + ahead_only * ahead)
+            grad_projection = per_kernel.sum(dim=(0, 2))
         # Clones, because autograd accumulates in place and grad_loss shares memory with other layers (expanded sum).
         sums = (grad_quantized.clone(), grad_loss.clone()) if ctx.sums_wanted else (None, None)
-        return grad_weight.sum(dim=1), per_kernel.sum(dim=(0, 2)), *sums, None
+        return grad_weight, grad_projection, *sums, None

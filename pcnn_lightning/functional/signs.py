@@ -59,12 +59,17 @@ def sign_activation(x: Tensor, gradient: SignGradient = "clip") -> Tensor:
 
 
 class _SignActivation(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: SignGradient) -> Tensor:
-        ctx.gradient = gradient
-        # The clip needs only a mask; the polynomial needs the values of x.
-        ctx.save_for_backward(x.abs() <= 1 if gradient == "clip" else x)
+    def forward(x: Tensor, gradient: SignGradient) -> Tensor:
         return sign(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, SignGradient], output: Tensor) -> None:
+        x, ctx.gradient = inputs
+        # The clip needs only a mask; the polynomial needs the values of x.
+        ctx.save_for_backward(x.abs() <= 1 if ctx.gradient == "clip" else x)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
@@ -92,9 +97,15 @@ def straight_through(x: Tensor, values: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+    def forward(x: Tensor, values: Tensor) -> Tensor:
         return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is needed in the backward pass."""
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:

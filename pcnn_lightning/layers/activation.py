@@ -4,8 +4,8 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from pcnn_lightning.checks import check_choice
 from pcnn_lightning.functional import SignGradient, sign_activation
-from pcnn_lightning.layers.checks import check_choice
 
 
 class SignActivation(nn.Module):

@@ -4,9 +4,9 @@ from typing import get_args
 
 from torch import Tensor
 
+from pcnn_lightning.checks import check_choice
 from pcnn_lightning.functional import binarize
 from pcnn_lightning.functional.binary import Normalization, WeightGradient
-from pcnn_lightning.layers.checks import check_choice
 from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d, Scaling
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcnn_lightning.layers.checks import check_choice, pair_of
+from pcnn_lightning.checks import check_choice, check_integer, pair_of
 
 Padding = tuple[int, int] | Literal["valid", "same"]
 Scaling = Literal["layer", "channel", "none"]
@@ -47,8 +47,7 @@ class Convolution2d(nn.Module):
     ) -> None:
         super().__init__()
         for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, but got {count!r}")
+            check_integer(name, count, 1)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = pair_of("kernel_size", kernel_size, 1), pair_of("stride", stride, 1)
         self.dilation = pair_of("dilation", dilation, 1)
@@ -129,15 +128,14 @@ class QuantizedConv2d(Convolution2d):
         planes: int = 1,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation)
-        if not isinstance(planes, int) or planes < 1:
-            raise ValueError(f"{self.planes_name} must be an integer of at least 1, but got {planes!r}")
+        check_integer(self.planes_name, planes, 1)
         if out_channels % planes:
             raise ValueError(f"{self.planes_name} must divide out_channels={out_channels}, but got {planes}")
-        if groups != 1:
-            raise ValueError(f"groups must be 1 (grouped 1-bit convolutions are not supported), but got {groups}")
+        if groups != 1 or isinstance(groups, bool):
+            raise ValueError(f"groups must be 1 (grouped 1-bit convolutions are not supported), but got {groups!r}")
         self.planes, self.stage = planes, self.stages[-1]
         self.weight = nn.Parameter(torch.empty(out_channels // planes, in_channels, *self.kernel_size))
-        self._loss_of_forward: Tensor | None = None
+        self._loss_of_forward: tuple[Tensor | None, tuple[Tensor | None, ...]] | None = None  # and its parameters
         nn.init.kaiming_normal_(self.weight)
 
     def reset_parameters(self) -> None:
@@ -161,9 +159,9 @@ class QuantizedConv2d(Convolution2d):
                 f"this layer has in_channels={self.in_channels}"
             )
         kernels, loss = self.quantize()
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not _within_backward():
             # Kept for quantization_loss(): its gradient may need what flows back through these very kernels.
-            self._loss_of_forward = loss
+            self._loss_of_forward = (loss, self._own_parameters())
         if self.training or not self.convolves_signs:
             return self.convolve(x, kernels)
         # Sums of signs are whole numbers, exact in any order, so that every runtime gets the same bits.
@@ -183,8 +181,8 @@ class QuantizedConv2d(Convolution2d):
         """
         if self._loss_of_forward is None or not torch.is_grad_enabled():
             return self.quantize()[1]
-        loss, self._loss_of_forward = self._loss_of_forward, None
-        return loss
+        (loss, parameters), self._loss_of_forward = self._loss_of_forward, None
+        return self.quantize()[1] if self._is_over(loss, parameters) else loss
 
     # Stages and inference.
 
@@ -260,6 +258,16 @@ class QuantizedConv2d(Convolution2d):
         """Drop the loss of the last forward pass, because the parameters or the stage have changed."""
         self._loss_of_forward = None
 
+    def _own_parameters(self) -> tuple[Tensor | None, ...]:
+        return () if torch.compiler.is_compiling() else tuple(self._parameters.values())
+
+    def _is_over(self, loss: Tensor | None, parameters: tuple[Tensor | None, ...]) -> bool:
+        """Whether a kept loss is of a transform of torch.func that has ended, or of parameters that it put in place."""
+        if loss is None or torch.compiler.is_compiling():
+            return False
+        others = any(kept is not own for kept, own in zip(parameters, self._own_parameters(), strict=False))
+        return others or torch._C._functorch.is_dead_tensor_wrapper(loss)  # type: ignore[attr-defined]
+
     def train(self, mode: bool = True) -> "QuantizedConv2d":
         self.forget_forward()  # a loss that nobody asked for would keep its graph alive
         return super().train(mode)
@@ -333,6 +341,11 @@ class FrozenConv2d(Convolution2d):
     def extra_repr(self) -> str:
         options = {"levels": self.levels, **self.options}
         return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in options.items())])
+
+
+def _within_backward() -> bool:
+    """Whether a backward pass is running, in which activation checkpointing repeats a pass whose loss is known."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _largest(kernels: Tensor, scaling: Scaling) -> Tensor:

@@ -1,13 +1,12 @@
 """The layers of modulated convolutional networks: trained, and for inference."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pcnn_lightning.checks import check_choice, check_number, check_positive
 from pcnn_lightning.functional import kmeans_1d, modulate
-from pcnn_lightning.layers.checks import check_at_least, check_choice
 from pcnn_lightning.layers.convolution import FrozenConv2d, Padding, QuantizedConv2d
 
 ModulationInit = Literal["normal", "uniform", "near_one", "ones"]
@@ -84,9 +83,9 @@ class ModulatedConv2d(QuantizedConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, planes=planes)
         if levels not in (2, 3, 4):
             raise ValueError(f"levels must be 2, 3 or 4, but got {levels!r}")
-        check_at_least("filter_loss_weight", filter_loss_weight, 0)
-        if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < math.inf):
-            raise ValueError(f"scale must be a positive number or None, but got {scale!r}")
+        check_number("filter_loss_weight", filter_loss_weight, 0)
+        if scale is not None:
+            check_positive("scale", scale)
         if scale is not None and levels != 2:
             raise ValueError(f"scale is for two levels, but levels is {levels}, whose values are found by k-means")
         if not binarize and (levels != 2 or scale is not None):

@@ -1,13 +1,12 @@
 """The layer of projection convolutional networks."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pcnn_lightning.checks import check_choice, check_number, check_positive
 from pcnn_lightning.functional import ProjectionForward, eta_square, project
-from pcnn_lightning.layers.checks import check_at_least, check_choice
 from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d
 
 ProjectionInit = Literal["normal", "signs", "near_one", "ones"]
@@ -85,10 +84,9 @@ class ProjectionConv2d(QuantizedConv2d):
         projection_init: ProjectionInit | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, planes=projections)
-        if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
-            raise ValueError(f"sigma must be a positive number, but got {sigma!r}")
-        check_at_least("projection_loss_weight", projection_loss_weight, 0)
-        check_at_least("eta", eta, 0)
+        check_positive("sigma", sigma)
+        check_number("projection_loss_weight", projection_loss_weight, 0)
+        check_number("eta", eta, 0)
         if projection_forward is None:
             projection_forward = "mean" if projections == 1 else "full"
         check_choice("projection_forward", projection_forward, get_args(ProjectionForward))

@@ -1,10 +1,9 @@
 """Center loss."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from pcnn_lightning.checks import check_integer, check_number, is_number
 from pcnn_lightning.losses.term import LossTerm, Outputs
 
 
@@ -45,6 +44,7 @@ class CenterLoss(LossTerm):
 
     label = "center loss"
     in_evaluation = False
+    sums_over_update = True
     centers: Tensor
 
     def __init__(
@@ -52,12 +52,10 @@ class CenterLoss(LossTerm):
     ) -> None:
         super().__init__(start)
         for name, size in (("num_classes", num_classes), ("feature_dim", feature_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, but got {size}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight must be a number of at least 0, but got {weight}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], but got {alpha}")
+            check_integer(name, size, 1)
+        check_number("weight", weight, 0)
+        if not is_number(alpha) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be a number in [0, 1], but got {alpha!r}")
         self.weight, self.alpha = weight, alpha
         self.register_buffer("centers", torch.zeros(num_classes, feature_dim))
         # Since the last step: the sum of each class's features beside its number of samples. Not a buffer, because

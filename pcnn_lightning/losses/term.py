@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcnn_lightning.checks import check_integer, check_number
 from pcnn_lightning.layers import QuantizedConv2d
 
 
@@ -40,14 +41,18 @@ class LossTerm(nn.Module):
         label: its name in figures.
         depends_on_data: False if the term has the same value for any batch, as a penalty on the weights has.
         in_evaluation: whether the term is part of the loss in validation and test; if not, validation only logs it.
+        sums_over_update: whether the term is a sum over the samples of an update, and not a mean.
     """
 
     label = ""
     depends_on_data = True
     in_evaluation = True
+    sums_over_update = False
 
     def __init__(self, start: int | str = 0) -> None:
         super().__init__()
+        if not isinstance(start, str):
+            check_integer("start", start, 0)
         self.start = start
 
     @abstractmethod
@@ -89,8 +94,7 @@ class CrossEntropy(LossTerm):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), but got {label_smoothing}")
+        check_number("label_smoothing", label_smoothing, 0, below=1)
         self.label_smoothing = label_smoothing
 
     def value(self, outputs: Outputs, batches: int = 1) -> Tensor:

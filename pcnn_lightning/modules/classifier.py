@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from pcnn_lightning.backbones import build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint
+from pcnn_lightning.checks import check_choice, check_given, check_integer, check_number, check_positive
 from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
 from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
-from pcnn_lightning.modules.accumulation import synced_only_if, update_of
+from pcnn_lightning.modules.accumulation import check_accumulation, synced_only_if, update_of
 from pcnn_lightning.modules.divergence import DivergenceWatch
 from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracy
 from pcnn_lightning.modules.optimization import (
@@ -26,7 +27,16 @@ from pcnn_lightning.modules.optimization import (
     set_rates,
 )
 from pcnn_lightning.modules.refusals import check_trainer
-from pcnn_lightning.modules.run_state import Pending, check_run, pending_update, restore_update, save_run
+from pcnn_lightning.modules.run_state import (
+    Pending,
+    check_run,
+    leave_finished_epoch,
+    pending_update,
+    random_state,
+    restore_random_state,
+    restore_update,
+    save_run,
+)
 from pcnn_lightning.modules.schedules import Schedule
 from pcnn_lightning.stages import STAGES
 
@@ -108,17 +118,16 @@ class OneBitClassifier(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, but got {num_classes}")
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1 batch per update, but got {accumulate}")
-        if gradient_clip is not None and not gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be positive or null, but got {gradient_clip}")
-        if optimizer not in ("sgd", "adam"):
-            raise ValueError(f"optimizer must be one of sgd, adam, but got {optimizer!r}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), but got {momentum}")
-        if center_loss_start != "binary" and (not isinstance(center_loss_start, int) or center_loss_start < 0):
+        for kind in type(self).__mro__:
+            if issubclass(kind, OneBitClassifier) and "__init__" in vars(kind):
+                check_given(kind.__init__, self.hparams)
+        check_integer("num_classes", num_classes, 2)
+        check_integer("accumulate", accumulate, 1)
+        if gradient_clip is not None:
+            check_positive("gradient_clip", gradient_clip)
+        check_choice("optimizer", optimizer, ("sgd", "adam"))
+        check_number("momentum", momentum, 0, below=1)
+        if center_loss_start != "binary" and (type(center_loss_start) is not int or center_loss_start < 0):
             raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
         shape = (schedule, tuple(milestones), decay, warmup_epochs)
         self.groups: tuple[GroupSettings, ...] = (group_settings("eta1", eta1, *shape, weight_decay),)
@@ -128,9 +137,11 @@ class OneBitClassifier(LightningModule):
         self.stage, self.stage_start = "full_precision", 0
         self.stage_end: int | None = None
         self.divergence = DivergenceWatch()
+        self._init_from = init_from  # None as soon as the network holds anything else
         self._memory_format = torch.contiguous_format
         self._within_update = False  # gradients of some of an update's batches wait for the others
         self._pending: Pending | None = None  # of a checkpoint just loaded
+        self._random_state: list[dict[str, Any]] | None = None  # likewise
 
     def build_network(
         self,
@@ -230,6 +241,10 @@ class OneBitClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._init_from = None  # what is loaded now is not to be replaced when training starts
+        return super().load_state_dict(*args, **kwargs)
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters learned at η₁ and, if there are any, at η₂, by the names that the groups have in the logs."""
         layers = [layer for layer in self.one_bit_layers.values() if layer.second_parameter is not None]
@@ -250,12 +265,15 @@ class OneBitClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         self.divergence = DivergenceWatch()  # without the memory of an earlier fit
-        if self.hparams["init_from"] is not None and self.trainer.ckpt_path is None:
-            self.start_from(self.hparams["init_from"])
+        if self._init_from is not None and self.trainer.ckpt_path is None:
+            self.start_from(self._init_from)
+        self._init_from = None  # a further fit goes on from what this one has learned
         self.prepare_features(compile=self.hparams["compile"], channels_last=self.hparams["channels_last"])
 
     def on_train_start(self) -> None:
+        leave_finished_epoch(self.trainer)
         begin_optimization(self._optimizer(), self.groups, self, self.trainer)
+        check_accumulation(self.hparams["accumulate"], self.trainer.num_training_batches, self.terms)
         self.stage_start = min(self.stage_start, self.current_epoch)  # a loaded network may begin a new run
         split_updates = self.hparams["accumulate"] > 1 or self.trainer.world_size > 1
         for layer in self.one_bit_layers.values():
@@ -263,7 +281,9 @@ class OneBitClassifier(LightningModule):
         self.zero_grad()  # of a run that was interrupted in this process
         self._within_update = self._pending is not None
         restore_update(self, self._pending or {})
-        self._pending = None
+        if self._random_state is not None:
+            restore_random_state(self._random_state, self.trainer)
+        self._pending = self._random_state = None
         self._logged_epoch = -1
         if self.trainer.ckpt_path is not None:  # the checkpoint may be of an epoch without further batches
             self._log_means()
@@ -272,7 +292,9 @@ class OneBitClassifier(LightningModule):
         images, labels = batch
         if batch_idx == 0:
             self._begin_epoch(labels)
-        update = update_of(batch_idx, self.hparams["accumulate"], self.trainer.num_training_batches)
+        update = update_of(
+            batch_idx, self.hparams["accumulate"], self.trainer.num_training_batches, self.trainer.is_last_batch
+        )
         if update.position == 0:
             set_rates(self._optimizer(), self.groups, self, self.trainer, update.index)
 
@@ -283,11 +305,12 @@ class OneBitClassifier(LightningModule):
             self.manual_backward(loss / update.size)
         self._within_update = not update.is_complete
         if update.is_complete:
+            update.rescale(self.parameters())
             self.step()
 
         losses = {name: value.detach() for name, value in {"loss": loss, **losses}.items()}
         self.train_means.add(losses, logits, labels)
-        if self._logged_epoch != self.current_epoch:  # once an epoch is enough to log a metric
+        if batch_idx == 0 or self._logged_epoch != self.current_epoch:  # once an epoch is enough to log a metric
             self._log_means()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and (batch_idx + 1) % every == 0:
@@ -417,6 +440,7 @@ class OneBitClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.divergence.check_state(self)
         checkpoint["one_bit"] = save_run(self)
+        checkpoint["random_state"] = random_state(self.trainer)
         if self._within_update:
             checkpoint["pending"] = pending_update(self)
 
@@ -424,6 +448,7 @@ class OneBitClassifier(LightningModule):
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         check_run(self, checkpoint, fitting)
         self._pending = checkpoint.get("pending") if fitting else None
+        self._random_state = checkpoint.get("random_state") if fitting else None
         try:
             self.restore(checkpoint["one_bit"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -1,9 +1,10 @@
 """Ends a run whose loss is no longer finite."""
 
 import math
+from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from pcnn_lightning.errors import DivergedError
@@ -52,11 +53,21 @@ class DivergenceWatch:
             DivergedError: always, with the same message if a callback then tries to save the model.
         """
         if self._message is None:
-            callback = module.trainer.checkpoint_callback
-            kept = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+            kept = last_checkpoint(module.trainer)
             rates = [f"{name} (now {module.hparams[name]})" for name in ("eta1", "eta2") if name in module.hparams]
             self._message = (
                 f"{what} (epoch {module.current_epoch}, {module.stage} stage). Lower {' or '.join(rates)}, "
                 f"or set gradient_clip. Last good checkpoint: {kept or 'none yet'}"
             )
         raise DivergedError(self._message)
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest checkpoint of a run; None if there is none yet."""
+    written: list[Path] = []
+    for callback in trainer.checkpoint_callbacks:
+        # Lightning names a file before it writes it, and then no longer knows the best one that is still there.
+        names = ("last_model_path", "best_model_path", "_last_checkpoint_saved")
+        paths = (getattr(callback, name, "") for name in names)
+        written += [Path(path) for path in (*paths, *getattr(callback, "files", ())) if path and Path(path).is_file()]
+    return max(written, key=lambda path: path.stat().st_mtime, default=None)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from pcnn_lightning.checks import check_integer
 from pcnn_lightning.layers import ModulatedConv2d
 from pcnn_lightning.layers.modulated import ModulationInit
 from pcnn_lightning.modules.second_rate import TwoRateClassifier
@@ -47,8 +48,7 @@ class MCN(TwoRateClassifier):
         **others: Any,
     ) -> None:
         super().__init__(backbone=backbone, **others)
-        if planes < 1:
-            raise ValueError(f"planes must be at least 1, but got {planes}")
+        check_integer("planes", planes, 1)
         names = ("average", "levels", "filter_loss_weight", "binarize", "scale", "modulation_init")
         convolution = partial(ModulatedConv2d, planes=planes, **{name: self.hparams[name] for name in names})
         self.build_network(convolution, nn.Identity, planes)

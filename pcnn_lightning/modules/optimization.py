@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from pcnn_lightning.checks import check_number
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.modules.schedules import LearningRate, Schedule
 from pcnn_lightning.stages import StagedModule
@@ -47,8 +48,7 @@ def group_settings(
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"{prefix}weight_decay must be a number of at least 0, but got {weight_decay}")
+    check_number(f"{prefix}weight_decay", weight_decay, 0)
     try:
         return GroupSettings(LearningRate(base, schedule, milestones, decay, warmup_epochs), weight_decay)
     except ValueError as error:
@@ -94,7 +94,7 @@ def begin_optimization(
     Raises:
         InputError: if a schedule needs the length of a run that has no end.
     """
-    endless = math.isinf(stage_epochs(module, trainer))
+    endless = math.isinf(run_epochs(module, trainer))  # whatever the stage: another one may follow
     if endless and any(one.rate.schedule in ("multistep", "cosine") for one in settings):
         raise InputError(
             "trainer.max_epochs or trainer.max_steps must be set: a multistep or cosine schedule is laid over "
@@ -116,13 +116,17 @@ def set_rates(
 
 def stage_epochs(module: StagedModule, trainer: Trainer) -> float:
     """Length of the current stage in epochs; infinite if the run has no end."""
+    end = run_epochs(module, trainer)
+    return (end if module.stage_end is None else min(end, module.stage_end)) - module.stage_start
+
+
+def run_epochs(module: StagedModule, trainer: Trainer) -> float:
+    """Length of the run in epochs, by ``max_epochs`` and ``max_steps``; infinite if it has no end."""
     end, max_steps = trainer.max_epochs, trainer.max_steps
     length = math.inf if end is None or end < 0 else float(end)
     if max_steps >= 0 and not math.isinf(updates_per_epoch(module, trainer)):
         length = min(length, max_steps / updates_per_epoch(module, trainer))
-    if module.stage_end is not None:
-        length = min(length, module.stage_end)
-    return length - module.stage_start
+    return length
 
 
 def updates_per_epoch(module: StagedModule, trainer: Trainer) -> float:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from pcnn_lightning.checks import check_choice, check_integer
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import ProjectionForward, SignGradient
 from pcnn_lightning.layers import ProjectionConv2d, SignActivation
@@ -52,10 +53,8 @@ class PCNN(TwoRateClassifier):
         **others: Any,
     ) -> None:
         super().__init__(**others)
-        if projections < 1:
-            raise ValueError(f"projections must be at least 1, but got {projections}")
-        if stage not in ("ternary", "binary"):
-            raise ValueError(f"stage must be one of ternary, binary, but got {stage!r}")
+        check_integer("projections", projections, 1)
+        check_choice("stage", stage, ("ternary", "binary"))
 
         names = ("sigma", "projection_loss_weight", "eta", "projection_forward", "projection_init")
         options = {name: self.hparams[name] for name in names}

@@ -1,7 +1,7 @@
 """Trainer settings that do not work with kernels that are learned latently, or under manual optimization."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from pcnn_lightning.errors import InputError
@@ -15,6 +15,15 @@ def check_trainer(trainer: Trainer) -> None:
     """
     if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise InputError("LearningRateFinder does not know eta1 and eta2: set them yourself")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, StochasticWeightAveraging):
+            raise InputError(f"{name} does not work under manual optimization: use EMAWeightAveraging")
+        if isinstance(callback, WeightAveraging) and not callback.should_update(step_idx=0):
+            raise InputError(
+                f"{name} would validate and save the untrained network until its first update, which must come with "
+                "the first step: leave out update_starting_at_step"
+            )
     if trainer.precision in ("16-true", "bf16-true"):
         raise InputError(
             f"trainer.precision {trainer.precision} would round the latent weights: use 32-true, bf16-mixed or 16-mixed"

@@ -1,8 +1,12 @@
 """What a checkpoint holds of a run beside weights and optimizer, so that the run can go on bit for bit."""
 
+import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -31,6 +35,7 @@ class ResumableModule(StagedModule, Protocol):
 
 def save_run(module: ResumableModule) -> dict[str, Any]:
     """The record of a run, which checkpoints hold as ``one_bit``."""
+    log_dirs = [getattr(logger, "log_dir", None) for logger in module.trainer.loggers]
     return {
         "family": module.family,
         "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -38,6 +43,7 @@ def save_run(module: ResumableModule) -> dict[str, Any]:
         "stage_start": module.stage_start,
         "optimizer": module.hparams["optimizer"],
         "train_means": module.train_means.sums(module.trainer.strategy),
+        "log_dirs": [str(Path(folder).resolve()) for folder in log_dirs if folder],
     }
 
 
@@ -51,8 +57,26 @@ def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool
     if saved.get("family") != module.family:
         held = saved.get("family", "model that pcnn_lightning did not train")
         raise InputError(f"the checkpoint holds a {held}, not a {module.family}")
+    if not fitting:
+        # Only the network is needed; terms of the loss that only one of the two has do not matter.
+        own, found = module.state_dict(), checkpoint["state_dict"]
+        networks = ({name: one for name, one in state.items() if name.startswith("net.")} for state in (own, found))
+        check_same_tensors(*networks)
+        same = {name for name, one in own.items() if name in found and found[name].shape == one.shape}
+        checkpoint["state_dict"] = {name: found[name] if name in same else one for name, one in own.items()}
+        return
     check_same_tensors(module.state_dict(), checkpoint["state_dict"])
-    if fitting and (optimizer := saved.get("optimizer")) != (wanted := module.hparams["optimizer"]):
+    if "optimizer_states" not in checkpoint or "loops" not in checkpoint:
+        raise InputError(
+            "the checkpoint has weights only, without the optimizer's state, and training cannot go on from it: "
+            "start a new run with init_from"
+        )
+    before, now = checkpoint["hyper_parameters"].get("accumulate"), module.hparams["accumulate"]
+    if "pending" in checkpoint and before != now:
+        raise InputError(
+            f"the checkpoint is within an update of {before} batches: accumulate must be {before}, but got {now}"
+        )
+    if (optimizer := saved.get("optimizer")) != (wanted := module.hparams["optimizer"]):
         raise InputError(
             f"the checkpoint has the state of optimizer {optimizer}, which {wanted} cannot go on from: "
             "name the same one, or start a new run with init_from"
@@ -82,6 +106,47 @@ def restore_update(module: ResumableModule, pending: Pending) -> None:
         term.restore_pending(pending.get(f"terms.{name}", {}))
     for name, layer in module.one_bit_layers.items():
         layer.restore_pending(pending.get(f"layers.{name}", {}))
+
+
+def leave_finished_epoch(trainer: Trainer) -> None:
+    """Go on with the next epoch if the checkpoint is of an epoch's end.
+
+    Lightning does so by itself, but not if ``max_steps`` is set: it would end that epoch for a second time.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop.epoch_loop.restarting = loop._restarting = False
+
+
+def random_state(trainer: Trainer) -> list[dict[str, Any]]:
+    """States of the global random number generators of each process."""
+    device = trainer.strategy.root_device
+    own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    numpy_state: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = numpy_state
+    own["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    if trainer.world_size == 1:
+        return [own]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered
+
+
+def restore_random_state(states: list[dict[str, Any]], trainer: Trainer) -> None:
+    """Restore :func:`random_state`; with another number of processes, there is nothing to restore."""
+    if len(states) != trainer.world_size:
+        return
+    own, device = states[trainer.global_rank], trainer.strategy.root_device
+    torch.set_rng_state(own["torch"].cpu())
+    random.setstate(own["python"])
+    kind, keys, *rest = own["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"].cpu(), device)
 
 
 def _loss_scale(trainer: Trainer) -> float:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from pcnn_lightning.checks import check_choice, check_number, is_number
+
 Schedule = Literal["constant", "multistep", "cosine", "exponential"]
 
 
@@ -31,19 +33,16 @@ class LearningRate:
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.base < math.inf:
-            raise ValueError(f"a learning rate must be a number of at least 0, but got {self.base}")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, but got {self.schedule!r}")
+        check_number("a learning rate", self.base, 0)
+        check_choice("schedule", self.schedule, get_args(Schedule))
         bounds = (0.0, *self.milestones, 1.0)
-        if any(low >= high for low, high in pairwise(bounds)):
+        if not all(map(is_number, bounds)) or not all(low < high for low, high in pairwise(bounds)):
             raise ValueError(
                 f"milestones are shares of a stage and must rise within (0, 1), but got {list(self.milestones)}"
             )
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must lie in (0, 1], but got {self.decay}")
-        if not 0 <= self.warmup_epochs < math.inf:
-            raise ValueError(f"warmup_epochs must be a number of at least 0, but got {self.warmup_epochs}")
+        if not is_number(self.decay) or not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be a number in (0, 1], but got {self.decay!r}")
+        check_number("warmup_epochs", self.warmup_epochs, 0)
 
     def at(self, epoch: float, epochs: float, step: float = 0.0) -> float:
         """Learning rate of one update.

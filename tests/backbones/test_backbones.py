@@ -197,5 +197,5 @@ def test_dropout_is_refused_for_a_backbone_without_it(name):
 @pytest.mark.parametrize("name", ["mcn8", "mcn_small", "wrn7"])
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
 def test_dropout_is_a_rate_below_one(name, rate):
-    with pytest.raises(ValueError, match=rf"dropout must lie in \[0, 1\), but got {rate}"):
+    with pytest.raises(ValueError, match=rf"dropout must be a number in \[0, 1\), but got {rate}"):
         build_sizes_only(name, dropout=rate)

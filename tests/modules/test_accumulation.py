@@ -4,8 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import fit, frozen_norm, tiny_digits, tiny_pcnn
+from tiny import fit, frozen_norm, tiny_digits, tiny_pcnn, tiny_trainer
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from pcnn_lightning.errors import InputError
 
 
 @pytest.mark.parametrize(("accumulate", "updates"), [(1, 8), (2, 4), (3, 4), (4, 2), (9, 2)])
@@ -56,3 +59,47 @@ def test_validation_within_an_update_loses_no_gradient():
     between, after = run(val_check_interval=1), run(limit_val_batches=0)
     for name, value in after.items():
         assert torch.equal(between[name], value), name
+
+
+# --- data of unknown length -----------------------------------------------------------------------------------------
+
+
+def seven_batches():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(7, 8, 1, 8, 8, dtype=torch.float64, generator=generator)
+    return list(zip(images, torch.randint(10, (7, 8), generator=generator), strict=True))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(seven_batches())
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+@pytest.mark.parametrize(("accumulate", "updates"), [(2, 4), (4, 2), (7, 1), (9, 1)])
+def test_data_of_unknown_length_make_the_updates_of_known_data(accumulate, updates, eta):
+    def run(batches):
+        torch.manual_seed(0)
+        model = tiny_pcnn(accumulate=accumulate, eta=eta, projection_loss_weight=0.1)
+        trainer = tiny_trainer(max_epochs=2, precision="64-true")
+        trainer.fit(model, DataLoader(batches, batch_size=None))
+        assert trainer.global_step == 2 * updates
+        return model.state_dict()
+
+    unknown, known = run(Stream()), run(seven_batches())
+    for name, value in known.items():
+        torch.testing.assert_close(unknown[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_center_loss_cannot_be_accumulated_over_data_of_unknown_length():
+    """It is a sum over an update, whose size would have to be known before its end."""
+
+    def run(batches, **arguments):
+        trainer = tiny_trainer(precision="64-true")
+        trainer.fit(tiny_pcnn(center_loss_weight=0.1, **arguments), DataLoader(batches, batch_size=None))
+        return trainer.global_step
+
+    with pytest.raises(InputError, match="accumulate must be 1 for center_loss and data of unknown length, but got 4"):
+        run(Stream(), accumulate=4)
+    assert run(Stream(), accumulate=1) == 7
+    assert run(seven_batches(), accumulate=4) == 2

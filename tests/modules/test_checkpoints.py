@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from tiny import fit, tiny_mcn, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 
 from pcnn_lightning import MCN, PCNN, StageSwitch
 from pcnn_lightning.errors import InputError
@@ -124,3 +124,82 @@ def test_checkpoints_by_time_are_refused(tmp_path):
     callback = ModelCheckpoint(tmp_path, train_time_interval=timedelta(seconds=1))
     with pytest.raises(InputError, match=r"train_time_interval.*set every_n_train_steps or every_n_epochs"):
         fit(tiny_pcnn(), callbacks=[callback], enable_checkpointing=True)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A run that starts from the network of another, and the file of the other, whose weights are far away."""
+    first = tiny_pcnn()
+    with torch.no_grad():
+        first.net.classifier.bias += 100
+    fit(first, limit_train_batches=1).save_checkpoint(tmp_path / "first.ckpt")
+    model = tiny_pcnn(init_from=str(tmp_path / "first.ckpt"))
+    trainer = fit(model)
+    (tmp_path / "first.ckpt").unlink()
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    return model
+
+
+class Begin(Callback):
+    """Keep the weights that training begins with."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = weights(pl_module.net)
+
+
+def test_a_second_fit_does_not_start_from_init_from_again(started):
+    assert started.net.classifier.bias.min() > 50
+    learned, begin = weights(started.net), Begin()
+    fit(started, callbacks=[begin])
+    assert_equal(begin.weights, learned)
+
+
+@pytest.mark.parametrize("load", ["load_from_checkpoint", "load_state_dict"])
+def test_what_was_loaded_is_not_replaced_by_init_from(tmp_path, started, load):
+    if load == "load_from_checkpoint":
+        model = PCNN.load_from_checkpoint(tmp_path / "second.ckpt")
+    else:
+        model = tiny_pcnn(init_from=started.hparams["init_from"])
+        model.load_state_dict(started.state_dict())
+    begin = Begin()
+    fit(model, callbacks=[begin])
+    assert_equal(begin.weights, weights(started.net))
+
+
+# --- checkpoints that hold less or more -----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_weights_only_can_be_tested_but_not_gone_on_from(tmp_path):
+    model, file = tiny_pcnn(), str(tmp_path / "x.ckpt")
+    fit(model).save_checkpoint(file, weights_only=True)
+    (expected,) = tiny_trainer().test(model, tiny_digits(), verbose=False)
+    assert tiny_trainer().test(tiny_pcnn(), tiny_digits(), ckpt_path=file, verbose=False) == [expected]
+    with pytest.raises(InputError, match=r"has weights only.*start a new run with init_from") as caught:
+        fit(tiny_pcnn(), ckpt_path=file, max_epochs=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_accumulate_cannot_change_within_an_update(tmp_path):
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
+
+    fit(tiny_pcnn(accumulate=2), callbacks=[Keep()])
+    with pytest.raises(InputError, match="within an update of 2 batches: accumulate must be 2, but got 3"):
+        fit(tiny_pcnn(accumulate=3), ckpt_path=str(tmp_path / "0.ckpt"))
+    assert fit(tiny_pcnn(accumulate=3), ckpt_path=str(tmp_path / "3.ckpt"), max_epochs=2).global_step == 2 + 2
+
+
+@pytest.mark.parametrize(("trained", "tested"), [(0.1, 0.0), (0.0, 0.1)])
+def test_only_the_network_of_a_checkpoint_is_needed_to_test_and_predict(tmp_path, trained, tested):
+    """Center loss keeps its centers, which only training needs."""
+    model, file = tiny_pcnn(center_loss_weight=trained), str(tmp_path / "x.ckpt")
+    fit(model).save_checkpoint(file)
+    data, other = tiny_digits(), tiny_pcnn(center_loss_weight=tested)
+    (expected,) = tiny_trainer().test(model, data, verbose=False)
+    (result,) = tiny_trainer().test(other, data, ckpt_path=file, verbose=False)
+    assert result["test/accuracy"] == expected["test/accuracy"]
+    assert_equal(weights(other.net), weights(model.net))
+    assert tiny_trainer().predict(tiny_pcnn(center_loss_weight=tested), data, ckpt_path=file)
+    with pytest.raises(InputError, match=r"center_loss\.centers is "):
+        fit(tiny_pcnn(center_loss_weight=tested), ckpt_path=file, max_epochs=2)

@@ -1,5 +1,6 @@
 """Compiled training."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -50,3 +51,14 @@ def test_compilation_errors_are_reported_in_one_line(monkeypatch):
     with pytest.raises(InputError, match=r"compile: .*no compiler here.* Without it: compile false") as caught:
         fit(tiny_pcnn(compile=True))
     assert "\n" not in str(caught.value)
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = tiny_pcnn(compile=True)
+    fit(model, limit_train_batches=1)
+    twin = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(torch.randn(4, 1, 8, 8)).any()

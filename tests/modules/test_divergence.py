@@ -1,6 +1,8 @@
 """NaN stops a run and is never saved."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import fit, tiny_pcnn
 
-from pcnn_lightning import PCNN
+from pcnn_lightning import PCNN, StageCheckpoint, StageSwitch
 from pcnn_lightning.errors import DivergedError
 
 
@@ -39,3 +41,29 @@ def test_nan_weights_are_not_saved(tmp_path):
     for file in tmp_path.glob("*.ckpt"):
         loaded = PCNN.load_from_checkpoint(file)
         assert all(value.isfinite().all() for value in loaded.state_dict().values())
+
+
+class Overflow(Callback):
+    """Let a running variance overflow after the validation of an epoch, which no loss shows."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            pl_module.net.features.stem.norm.running_var.fill_(math.inf)
+
+
+@pytest.mark.parametrize("kind", [StageCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize("save_last", [True, False])
+@pytest.mark.parametrize("epoch", [0, 1, 2])  # the switch is at 2
+def test_the_last_good_checkpoint_is_one_that_is_there(tmp_path, epoch, save_last, kind):
+    keep = kind(str(tmp_path), monitor="val/accuracy", mode="max", save_last=save_last)
+    callbacks = [StageSwitch(2), Overflow(epoch), keep]
+    with pytest.raises(DivergedError, match=r"running_var holds NaN.*Last good checkpoint: ") as caught:
+        fit(tiny_pcnn(stage="ternary"), max_epochs=3, callbacks=callbacks, enable_checkpointing=True)
+    named = re.sub(r".*Last good checkpoint: ", "", str(caught.value))
+    written = {str(file) for file in tmp_path.glob("*.ckpt")}
+    assert named in (written or {"none yet"})
+    if save_last and epoch > 0:
+        assert Path(named).name == "last.ckpt"

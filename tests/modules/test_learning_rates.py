@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
-from tiny import fit, tiny_pcnn
+from tiny import Stop, fit, tiny_pcnn
 
+from pcnn_lightning import StageSwitch
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.modules.schedules import LearningRate
 
@@ -67,6 +68,8 @@ def test_a_rate_is_never_negative_nor_above_its_base(schedule, epoch, epochs, wa
         ({"base": 1, "schedule": "linear"}, "constant, multistep, cosine, exponential, but got 'linear'"),
         ({"base": 1, "milestones": (0.5, 0.5)}, r"rise within \(0, 1\), but got \[0.5, 0.5\]"),
         ({"base": 1, "milestones": (60, 120)}, r"shares of a stage"),
+        ({"base": 1, "milestones": (0.3, math.nan)}, r"rise within \(0, 1\), but got \[0.3, nan\]"),
+        ({"base": 1, "milestones": ("0.3",)}, r"rise within \(0, 1\), but got \['0.3'\]"),
         ({"base": 1, "decay": 0}, r"\(0, 1\], but got 0"),
         ({"base": 1, "warmup_epochs": -1}, "at least 0, but got -1"),
     ],
@@ -99,3 +102,11 @@ def test_rates_follow_their_schedules_in_each_stage():
 def test_a_schedule_without_an_end_is_refused():
     with pytest.raises(InputError, match=r"max_epochs or trainer\.max_steps"):
         fit(tiny_pcnn(schedule="cosine"), max_epochs=-1)
+
+
+@pytest.mark.parametrize(
+    "schedules", [{"schedule": "multistep"}, {"schedule": "cosine"}, {"projection_schedule": "cosine"}], ids=str
+)
+def test_a_planned_stage_before_a_stage_without_an_end_is_refused_as_well(schedules):
+    with pytest.raises(InputError, match=r"max_epochs or trainer\.max_steps"):
+        fit(tiny_pcnn(stage="ternary", **schedules), max_epochs=-1, callbacks=[StageSwitch(1), Stop(6)])

@@ -118,21 +118,21 @@ def test_configs_work_with_the_other_family(tmp_path, monkeypatch, config, famil
     cli = main(["fit", *files, "--trainer.max_epochs=2", "--trainer.limit_train_batches=2"])
     assert type(cli.model) is family
     assert cli.trainer.global_step == 4
-    folder = tmp_path / "runs" / config
-    assert {file.name for file in (folder / "version_0").glob("losses.*")} == {"losses.csv", "losses.png"}
+    folder = tmp_path / "runs" / config / "version_0"
+    assert {file.name for file in folder.glob("losses.*")} == {"losses.csv", "losses.png"}
     assert (folder / "checkpoints" / "binary.ckpt").is_file()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"planes": 0}, "planes must be at least 1, but got 0"),
+        ({"planes": 0}, "planes must be an integer of at least 1, but got 0"),
         ({"levels": 5}, "levels must be 2, 3 or 4, but got 5"),
         ({"levels": 3, "scale": 0.1}, "scale is for two levels, but levels is 3"),
-        ({"scale": 0.0}, "scale must be a positive number or None, but got 0.0"),
+        ({"scale": 0.0}, "scale must be a positive number, but got 0.0"),
         ({"filter_loss_weight": -1.0}, "filter_loss_weight must be a number of at least 0, but got -1.0"),
         ({"modulation_init": "zeros"}, "modulation_init must be one of .*, but got 'zeros'"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), but got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), but got 1.0"),
         ({"backbone": "wrn7", "dropout": 0.1}, "dropout must be 0 for backbone wrn7"),
         ({"center_loss_start": -1}, "center_loss_start must be an epoch or binary, but got -1"),
         ({"center_loss_start": "ternary"}, "center_loss_start must be an epoch or binary, but got 'ternary'"),

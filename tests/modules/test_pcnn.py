@@ -95,18 +95,18 @@ def test_center_loss_can_start_with_the_binary_stage():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2, but got 1"),
-        ({"accumulate": 0}, "accumulate must be at least 1"),
-        ({"gradient_clip": 0.0}, "gradient_clip must be positive"),
+        ({"num_classes": 1}, "num_classes must be an integer of at least 2, but got 1"),
+        ({"accumulate": 0}, "accumulate must be an integer of at least 1"),
+        ({"gradient_clip": 0.0}, "gradient_clip must be a positive number"),
         ({"optimizer": "lamb"}, "optimizer must be one of sgd, adam, but got 'lamb'"),
-        ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\)"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be a number in \[0, 1\)"),
         ({"backbone": "wrn23"}, "backbone must be one of .*wrn22.*, but got 'wrn23'"),
         ({"widths": [4, 4]}, "widths must be 4 positive numbers"),
         ({"stage": "quaternary"}, "stage must be one of .*ternary"),
         ({"center_loss_weight": -1.0}, "at least 0, but got -1"),
         ({"sigma": 0.0}, "sigma must be a positive number"),
         ({"projections": 0}, "at least 1, but got 0"),
-        ({"in_channels": 0}, "in_channels must be at least 1, but got 0"),
+        ({"in_channels": 0}, "in_channels must be an integer of at least 1, but got 0"),
     ],
 )
 def test_wrong_arguments_raise(arguments, message):

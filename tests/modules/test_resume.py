@@ -1,13 +1,15 @@
 """Interrupted and resumed runs end bit-equal to uninterrupted ones."""
 
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from tiny import PROGRESSIVE, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
+from tiny import PROGRESSIVE, Save, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
 
@@ -88,3 +90,40 @@ def test_a_resumed_mcn_run_ends_bit_equal(tmp_path, steps):
     fit(resumed, max_epochs=3, ckpt_path=str(tmp_path / "x.ckpt"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class Jitter(Callback):
+    """Scale each batch by random numbers of python, numpy and torch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch[0].mul_(random.uniform(0.5, 1) * np.random.uniform(0.5, 1) * torch.rand(()))
+
+
+@pytest.mark.parametrize(
+    ("batches", "file"), [(2, "batch"), (4, "batch"), (4, "validation"), (4, "epoch"), (7, "batch"), (8, "epoch")]
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_a_run_that_draws_random_numbers_resumes_bit_equal(batches, file, accumulate, limit):
+    """4 batches an epoch; with dropout, and with code that draws from every global generator."""
+
+    def run(*more, seed=0, **arguments):
+        for start in (torch.manual_seed, np.random.seed, random.seed):
+            start(seed)
+        model = tiny_mcn(dropout=0.3, accumulate=accumulate)
+        steps = 12 if accumulate == 1 else 6
+        length = {"max_epochs": 3} if limit == "max_epochs" else {"max_epochs": -1, "max_steps": steps}
+        fit(model, callbacks=[Jitter(), *more], **length, **arguments)
+        return model.state_dict()
+
+    class StopAfter(Save):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.fit_loop.epoch_loop.batch_progress.total.completed == batches:
+                raise RuntimeError("killed")
+
+    whole = run()
+    with pytest.raises(RuntimeError, match="killed"):
+        run(StopAfter())
+    resumed = run(seed=1, ckpt_path=f"{file}.ckpt")
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name

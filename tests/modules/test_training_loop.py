@@ -5,6 +5,7 @@ import traceback
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,6 +100,28 @@ def test_sharding_strategies_are_refused(monkeypatch, strategy):
     monkeypatch.setattr(f"pcnn_lightning.modules.refusals.{strategy}", kind)
     with pytest.raises(InputError, match=f"{strategy} shards the kernels.*use ddp"):
         fit(tiny_pcnn(), strategy=kind("cpu"))
+
+
+class LateAverage(WeightAveraging):
+    """Average at the ends of epochs."""
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return epoch_idx is not None
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (StochasticWeightAveraging(0.01), "StochasticWeightAveraging does not work under manual optimization: use EMA"),
+        (EMAWeightAveraging(update_starting_at_step=1), "EMAWeightAveraging would validate and save the untrained"),
+        (EMAWeightAveraging(update_starting_at_step=1000), "EMAWeightAveraging .*leave out update_starting_at_step"),
+        (LateAverage(), "LateAverage would validate and save the untrained network until its first update"),
+    ],
+    ids=["SWA", "from the second step on", "from step 1000 on", "at the ends of epochs"],
+)
+def test_averages_that_are_not_those_of_the_trained_network_are_refused(callback, message):
+    with pytest.raises(InputError, match=message):
+        fit(tiny_pcnn(), callbacks=[callback])
 
 
 # --- synchronization ------------------------------------------------------------------------------------------------

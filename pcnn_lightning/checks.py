@@ -1,0 +1,70 @@
+"""Checks of arguments; errors name the argument, its value and what is allowed."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float; true and false are neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Require an integer of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, but got {value!r}")
+
+
+def check_number(name: str, value: Any, minimum: float, below: float = math.inf) -> None:
+    """Require a number of at least ``minimum`` and below ``below``; NaN is none."""
+    if not is_number(value) or not minimum <= value < below:
+        allowed = f"a number of at least {minimum:g}" if below == math.inf else f"a number in [{minimum:g}, {below:g})"
+        raise ValueError(f"{name} must be {allowed}, but got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Require a finite number above zero."""
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, but got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Require one of the ``allowed`` strings."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Require true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, but got {value!r}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Require a string or a path object."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name} must be a path, but got {value!r}")
+
+
+def check_given(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Require a value for each argument of ``function`` that is annotated and may not be None."""
+    for name, hint in get_type_hints(function).items():
+        if (
+            hint is not Any
+            and values.get(name, ...) is None
+            and NoneType not in get_args(hint)
+            and hint is not NoneType
+        ):
+            wanted = getattr(hint, "__name__", None) if not get_args(hint) else str(hint).replace("typing.", "")
+            raise ValueError(f"{name} must be {wanted}, but got None")
+
+
+def pair_of(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    """Return ``value`` as a pair of integers of at least ``minimum``."""
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(type(item) is int and item >= minimum for item in pair):
+        raise ValueError(f"{name} must be an integer of at least {minimum} or a pair of them, but got {value!r}")
+    return (pair[0], pair[1])
