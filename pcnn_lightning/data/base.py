@@ -11,6 +11,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pcnn_lightning.checks import check_bool, check_integer, check_number
 from pcnn_lightning.data.augment import crop_and_flip, normalize
 from pcnn_lightning.data.datasets import Augmentation, ImageSet, RawBatch
 from pcnn_lightning.data.sampling import (
@@ -55,7 +56,7 @@ class ImageDataModule(LightningDataModule, ABC):
         image_size: height and width to which images are resized, in pixels; None keeps the original size.
 
     Raises:
-        InputError: if an argument is out of range.
+        ValueError: if an argument is of the wrong type or out of range.
     """
 
     classes: list[str]
@@ -79,13 +80,16 @@ class ImageDataModule(LightningDataModule, ABC):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        _require(batch_size >= 1, "batch_size", batch_size, "1 or more")
-        _require(num_workers >= 0, "num_workers", num_workers, "0 or more")
-        _require(0 <= val_fraction < 1, "val_fraction", val_fraction, "from 0 to below 1")
-        _require(train_size is None or train_size >= 1, "train_size", train_size, "None, or 1 or more")
-        _require(seed >= 0, "seed", seed, "0 or more")
-        _require(crop_padding >= 0, "crop_padding", crop_padding, "0 or more")
-        _require(image_size is None or image_size >= 1, "image_size", image_size, "None, or 1 or more")
+        check_integer("batch_size", batch_size, 1)
+        check_integer("num_workers", num_workers, 0)
+        check_number("val_fraction", val_fraction, 0, below=1)
+        if train_size is not None:
+            check_integer("train_size", train_size, 1)
+        check_integer("seed", seed, 0)
+        check_integer("crop_padding", crop_padding, 0)
+        check_bool("flip", flip)
+        if image_size is not None:
+            check_integer("image_size", image_size, 1)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
@@ -94,7 +98,9 @@ class ImageDataModule(LightningDataModule, ABC):
         self.crop_padding = crop_padding
         self.flip = flip
         self.image_size = image_size
-        self._mean, self._std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        self._mean, self._std = (
+            255 * torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std)
+        )
 
     @property
     def num_classes(self) -> int:
@@ -172,8 +178,11 @@ class ImageDataModule(LightningDataModule, ABC):
             held_out = min(max(round(self.val_fraction * len(order)), 1), len(order) - 1)
             val, order = whole.select(order[:held_out]), order[held_out:]
         if self.train_size is not None:
-            allowed = f"at most {len(order)}, the number of training images left"
-            _require(self.train_size <= len(order), "train_size", self.train_size, allowed)
+            if self.train_size > len(order):
+                raise InputError(
+                    f"train_size must be at most {len(order)}, the number of training images left, "
+                    f"but got {self.train_size}"
+                )
             order = order[: self.train_size]
         train = whole.select(order).augmented(Augmentation(self.seed, self.crop_padding, self.flip))
         return train, val
@@ -200,7 +209,10 @@ class ImageDataModule(LightningDataModule, ABC):
         # A small last batch makes BatchNorm noisy. Keep it if it is the only one.
         drop_last = len(train) // world_size >= self.batch_size
         sampler = EpochSampler(train, self.seed, world_size, rank, drop_last)
-        return EpochLoader(train, sampler=sampler, drop_last=drop_last, **self._loader_options())
+        loader = EpochLoader(train, sampler=sampler, drop_last=drop_last, **self._loader_options())
+        if self.trainer:
+            loader.loop = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return a loader of validation batches, or an empty list to make Lightning skip validation."""
@@ -258,8 +270,3 @@ def _leave_interrupts_to_the_first_process(_: int) -> None:
 
 def _as_it_is(batch: RawBatch) -> RawBatch:
     return batch
-
-
-def _require(met: bool, argument: str, value: object, allowed: str) -> None:
-    if not met:
-        raise InputError(f"Expected argument `{argument}` to be {allowed}, but got {value!r}")

@@ -127,5 +127,5 @@ def _draw_variations(size: int, augmentation: Augmentation, epoch: int) -> tuple
     """Draw offsets (N, 2) and flips (N,) for a whole epoch, which costs less than one generator per sample."""
     rng = generator(augmentation.seed, epoch, Stream.AUGMENTATION)
     offsets = torch.randint(0, 2 * augmentation.crop_padding + 1, (size, 2), generator=rng)
-    flips = torch.rand(size, generator=rng) < (0.5 if augmentation.flip else 0.0)
+    flips = torch.rand(size, generator=rng, dtype=torch.float32) < (0.5 if augmentation.flip else 0.0)
     return offsets, flips

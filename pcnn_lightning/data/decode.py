@@ -1,6 +1,7 @@
 """Finding image files and decoding them to 8-bit RGB."""
 
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,16 +16,24 @@ from pcnn_lightning.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+
 
 def image_files(folder: Path) -> list[str]:
     """List the image files below a folder, sorted by path; hidden files and other file types are skipped.
+
+    Symbolic links are followed, except those to a folder that contains them, which would never end.
 
     Raises:
         InputError: if the folder does not exist, cannot be read or holds no images.
     """
     found: list[str] = []
-    for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+    for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if not name.startswith(".") and not _leads_back(Path(directory, name), folder)
+        ]
         found += [
             os.path.join(directory, name)  # noqa: PTH118  # millions of Path objects would be slow and large
             for name in names
@@ -35,14 +44,26 @@ def image_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def _leads_back(path: Path, top: Path) -> bool:
+    """Whether ``path`` is a symbolic link to a folder that contains one of the folders from ``top`` to ``path``."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(above.resolve().is_relative_to(target) for above in path.parents if above.is_relative_to(top))
+
+
 def subfolders(folder: Path) -> list[str]:
-    """List the names of the subfolders of a folder, sorted; hidden ones are skipped.
+    """List the names of the subfolders of a folder, sorted; hidden ones are skipped, as are links to this folder.
 
     Raises:
         InputError: if the folder does not exist or cannot be read.
     """
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_dir() and not entry.name.startswith(".") and not _leads_back(Path(entry.path), folder)
+        )
     except OSError as error:
         _refuse_folder(error)
         raise
@@ -59,10 +80,11 @@ def decode(file: str) -> Image.Image:
     bits. EXIF orientation is ignored, as in torchvision.
 
     Raises:
-        InputError: if the file is missing, unreadable, corrupt or not an image.
+        InputError: if the file is missing, unreadable, corrupt, not a regular file or not in one of the formats of
+            :data:`EXTENSIONS`.
     """
     try:
-        with Image.open(file) as opened:
+        with _open(file) as opened:
             image: Image.Image = opened
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no agreed range")
@@ -80,13 +102,20 @@ def image_size(file: str) -> tuple[int, int]:
     """Read the width and height of an image from its header, in pixels.
 
     Raises:
-        InputError: if the file is missing, unreadable or not an image.
+        InputError: if the file is missing, unreadable, not a regular file or not in one of the formats of
+            :data:`EXTENSIONS`.
     """
     try:
-        with Image.open(file) as image:
+        with _open(file) as image:
             return image.size
     except Exception as error:
         raise _unreadable(file, error) from None
+
+
+def _open(file: str) -> Image.Image:
+    if not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116  # opening a named pipe would wait for a writer
+        raise ValueError("not a regular file")
+    return Image.open(file, formats=_FORMATS)  # some of Pillow's other formats, such as EPS, start programs
 
 
 def _unreadable(file: str, error: Exception) -> InputError:

@@ -1,6 +1,7 @@
 """Datasets too large for memory, decoded on demand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,8 +36,9 @@ class DiskImages(ImageSet):
         return len(self.files)
 
     def __getitems__(self, codes: list[int]) -> RawBatch:
-        transform = self._transform()
-        images = [torch.tensor(self._image(code, transform)) for code in codes]
+        with _default_dtype(torch.float32):  # torchvision draws in the default dtype
+            transform = self._transform()
+            images = [torch.tensor(self._image(code, transform)) for code in codes]
         return RawBatch(torch.stack(images), self._labels_at(torch.tensor(codes) % len(self)))
 
     def select(self, indices: Tensor) -> "DiskImages":
@@ -62,3 +64,13 @@ class DiskImages(ImageSet):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.augmentation.seed, epoch, Stream.AUGMENTATION, index))
             return to_array(transform(image))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

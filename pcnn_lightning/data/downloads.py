@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torchvision import datasets
 
+from pcnn_lightning.checks import check_path
 from pcnn_lightning.data.augment import resize
 from pcnn_lightning.data.base import ImageDataModule, Split
 from pcnn_lightning.data.datasets import MemoryImages
@@ -27,6 +28,7 @@ class DownloadedImages(ImageDataModule):
 
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_path("root", root)
         self.root = root
 
     def prepare_data(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcnn_lightning.checks import check_bool, check_path
 from pcnn_lightning.data.base import ImageDataModule, Split
 from pcnn_lightning.data.datasets import ImageSet, MemoryImages
 from pcnn_lightning.data.decode import decode_all, image_files, image_size, subfolders
@@ -40,8 +41,8 @@ class ImageFolder(ImageDataModule):
         kwargs: see :class:`~pcnn_lightning.data.base.ImageDataModule`.
 
     Raises:
-        InputError: if an argument is out of range, the folder has a different layout, or its splits have different
-            classes.
+        ValueError: if an argument is of the wrong type or out of range.
+        InputError: if the folder has a different layout, or its splits have different classes.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -59,6 +60,11 @@ class ImageFolder(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(image_size=image_size, crop_padding=crop_padding, flip=flip, **kwargs)
+        check_path("root", root)
+        if in_memory is not None:
+            check_bool("in_memory", in_memory)
+        if predict_dir is not None:
+            check_path("predict_dir", predict_dir)
         self.root = Path(root).expanduser()
         self.in_memory = in_memory
         self.predict_dir = None if predict_dir is None else Path(predict_dir).expanduser()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from pcnn_lightning.errors import InputError
+
 
 class Stream(IntEnum):
     """Purpose of random numbers; different purposes never share a stream."""
@@ -94,8 +96,15 @@ class EpochLoader(DataLoader[Any]):
     """DataLoader that continues an epoch at the batch where a run was interrupted.
 
     Lightning saves ``state_dict()`` in checkpoints and passes it to ``load_state_dict`` when it resumes a run.
+
+    Raises:
+        InputError: when the first batch is requested of a run resumed within an epoch, if the number of images, the
+            seed or the batch size of all processes together has changed.
     """
 
+    loop: Any = None
+    """Lightning's progress within the epoch. Resumed after the last batch of an epoch, Lightning carries its count of
+    batches over to the next epoch if that has more of them."""
     _progress = {"epoch": 0, "batches": 0}
     _resumes = False
 
@@ -103,20 +112,48 @@ class EpochLoader(DataLoader[Any]):
         # This is a generator, so it runs only when the first batch is requested. When resuming, Lightning creates the
         # iterator before it calls set_epoch; a plain DataLoader's workers would already have fetched from epoch 0.
         sampler = self.sampler
-        if isinstance(sampler, EpochSampler):  # overfit_batches replaces the sampler
-            start = self._progress["batches"] if self._resumes and self._progress["epoch"] == sampler.epoch else 0
-            sampler.start = start * (self.batch_size or 1)
-            self._progress = {"epoch": sampler.epoch, "batches": start}
+        if not isinstance(sampler, EpochSampler):  # overfit_batches replaces the sampler
+            yield from super().__iter__()
+            return
+        saved = self._progress if self._resumes else {}
         self._resumes = False
+        place = {
+            "images": len(sampler.dataset),  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+            "seed": sampler.seed,
+            "global_batch": (self.batch_size or 1) * sampler.num_replicas,
+        }
+        start = saved["batches"] if saved.get("epoch") == sampler.epoch else 0
+        if start > 0 or (self.loop and self.loop.ready > 0):
+            _require_same(saved, place)
+        sampler.start = start * (self.batch_size or 1)
+        self._progress = {"epoch": sampler.epoch, "batches": start, **place}
         for batch in super().__iter__():
             self._progress["batches"] += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the current epoch and the number of batches it has yielded."""
+        """Return the current epoch, the number of batches it has yielded, and what these batches depend on.
+
+        That is ``images``, the number of images; ``seed``; and ``global_batch``, the batch size of all processes
+        together. They are missing before the first batch.
+        """
         return dict(self._progress)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Skip the batches counted in ``state_dict`` if the next epoch is the one it was saved in."""
         self._progress = dict(state_dict)
         self._resumes = True
+
+
+def _require_same(saved: dict[str, int], place: dict[str, int]) -> None:
+    names = {"images": "the number of training images", "seed": "seed", "global_batch": "batch_size × processes"}
+    changes = [
+        f"{names[key]} must be {saved[key]}, but got {now}"
+        for key, now in place.items()
+        if saved.get(key, now) != now  # older checkpoints do not have it
+    ]
+    if changes:
+        raise InputError(
+            f"To resume within epoch {saved['epoch']}, {', and '.join(changes)}: "
+            "set it back, or resume from a checkpoint saved between epochs"
+        )

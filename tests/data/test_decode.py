@@ -2,6 +2,8 @@
 
 import io
 import os
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,44 @@ def test_broken_files_are_named(tmp_path, content, suffix):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [decode, image_size])
+@pytest.mark.parametrize("other", ["EPS", "ICO", "JPEG2000", "PCX", "SGI", "TGA"])
+def test_other_formats_are_refused_whatever_the_name(tmp_path, monkeypatch, read, other):
+    def start(*args: object, **kwargs: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", format=other)
+    with pytest.raises(InputError, match=r"a\.png cannot be read as an image: unknown image format"):
+        read(str(tmp_path / "a.png"))
+
+
+def test_the_first_image_of_a_jpeg_of_several_is_taken(tmp_path):
+    first, second = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
+    result = decoded(first, tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[second])
+    assert (result == 255).all()
+
+
+def put_no_file(path, kind: str) -> None:
+    """A pipe, socket or device."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("read", [decode, image_size])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, monkeypatch, read, kind):
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    put_no_file(Path("a.png"), kind)
+    with pytest.raises(InputError, match=r"^a\.png cannot be read as an image: not a regular file\. Replace the file"):
+        read("a.png")
+
+
 def test_a_truncated_jpeg_is_refused(tmp_path):
     file = tmp_path / "a.jpg"
     random_image(np.random.default_rng(0), 64, 64).save(file)
@@ -128,6 +168,51 @@ def test_image_files_are_found_sorted_at_any_depth_and_others_passed_over(tmp_pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert image_files(tmp_path) == [str(tmp_path / name) for name in wanted]
+
+
+def make_images(root, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path):
+    make_images(tmp_path, "class/0.png", "elsewhere/1.png", "elsewhere/deep/2.png")
+    (tmp_path / "class/file.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (tmp_path / "class/folder").symlink_to("../elsewhere")
+    (tmp_path / "class/.hidden").symlink_to("../elsewhere")
+    (tmp_path / "class/dead").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("class")
+    for name in ("class", "link"):
+        found = ["0.png", "file.png", "folder/1.png", "folder/deep/2.png"]
+        assert image_files(tmp_path / name) == [str(tmp_path / name / file) for file in found]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "/", "deep", "deep/../../../root"])
+def test_a_link_to_a_folder_around_it_is_passed_over(tmp_path, monkeypatch, target):
+    make_images(tmp_path, "root/class/deep/0.png")
+    monkeypatch.chdir(tmp_path / "root")
+    place = "class/deep" if target == "deep" else "class"
+    Path(place, "link").symlink_to(tmp_path / "root/class/deep" if target == "deep" else target)
+    for folder in (tmp_path / "root/class", Path("class"), Path("../root/class")):
+        assert image_files(folder) == [str(folder / "deep/0.png")]
+
+
+def test_links_that_lead_round_in_a_circle_end(tmp_path):
+    make_images(tmp_path, "a/0.png", "b/inner/1.png", "c/2.png")
+    (tmp_path / "a/to b").symlink_to("../b/inner")
+    (tmp_path / "b/inner/to c").symlink_to("../../c")
+    (tmp_path / "c/to a").symlink_to("../a")
+    (tmp_path / "c/to b").symlink_to("../b")  # holds b/inner, which was passed on the way
+    found = ["0.png", "to b/1.png", "to b/to c/2.png"]
+    assert image_files(tmp_path / "a") == [str(tmp_path / "a" / file) for file in found]
+
+
+def test_the_working_folder_is_not_on_the_way_to_a_folder_beside_it(tmp_path, monkeypatch):
+    make_images(tmp_path, "class/0.png", "here/1.png")
+    (tmp_path / "class/more").symlink_to("../here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert image_files(Path("../class")) == ["../class/0.png", "../class/more/1.png"]
 
 
 def test_folders_without_images_are_named(tmp_path):

@@ -1,5 +1,7 @@
 """ImageFolder, in memory and from disk."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,29 @@ def test_a_broken_file_is_named(tmp_path, options, num_workers):
     data = ImageFolder(str(root), val_fraction=0, num_workers=num_workers, **options)
     with pytest.raises(InputError, match=r"broken\.png cannot be read as an image"):
         list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("options", [{}, {"in_memory": True}, {"in_memory": False}, {"image_size": 4}])
+@pytest.mark.parametrize("place", ["train/dog", "val/cat", "test/dog", "predict"])
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path, options, place):
+    root = make_folder(tmp_path, {"train": TWO, "val": TWO, "test": TWO, "predict": {"": 1}})
+    os.mkfifo(root / place / "pipe.png")
+    data = ImageFolder(str(root), predict_dir=str(root / "predict"), **options)
+    loader_of = getattr(data, f"{place.split('/')[0]}_dataloader")
+    with pytest.raises(InputError, match=rf"{place}/pipe\.png cannot be read as an image: not a regular file"):
+        list(loader_of())
+
+
+def test_classes_and_folders_within_them_may_be_links(tmp_path):
+    root = make_folder(tmp_path, {"train": {"cat": 2}, "elsewhere": TWO})
+    (root / "train/dog").symlink_to(root / "elsewhere/dog")
+    (root / "train/cat/more").symlink_to(root / "elsewhere/cat")
+    (root / "train/all").symlink_to(".")
+    data = ImageFolder(str(root), val_fraction=0)
+    assert data.classes == ["cat", "dog"]
+    assert data.train_set.labels.bincount().tolist() == [8, 4]
+    data = ImageFolder(str(root), predict_dir=str(root / "train"))
+    assert len(data.predict_set) == 12
 
 
 def test_validating_needs_no_training_images(tmp_path):

@@ -1,6 +1,7 @@
 """Order and randomness depend on (seed, epoch, sample) alone."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pcnn_lightning.data.sampling import (
     mixed_seed,
     stratified_order,
 )
+from pcnn_lightning.errors import InputError
 
 
 def numbered(size: int, augmentation: Augmentation | None = None) -> MemoryImages:
@@ -153,9 +155,58 @@ def test_an_interrupted_epoch_is_taken_up_where_it_stopped(num_workers):
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert_same(epoch_of(resumed, 1), whole[1][2:])
-    assert resumed.state_dict() == {"epoch": 1, "batches": 5}
+    assert resumed.state_dict() == {"epoch": 1, "batches": 5, "images": 20, "seed": 0, "global_batch": 4}
     assert_same(epoch_of(resumed, 1), whole[1])  # only once
     assert_same(epoch_of(resumed, 2), whole[2])
+
+
+def interrupted_state(epoch: int = 1, batches: int = 2) -> dict[str, int]:
+    """Two batches of an epoch of 20 images in batches of 4."""
+    loader = loader_of(20, 4)
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    iterator = iter(loader)
+    for _ in range(batches):
+        next(iterator)
+    return loader.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"batch_size": 2}, "batch_size × processes must be 4, but got 2"),
+        ({"num_replicas": 2}, "batch_size × processes must be 4, but got 8"),
+        ({"size": 24}, "the number of training images must be 20, but got 24"),
+        ({"seed": 3}, "seed must be 0, but got 3"),
+        ({"size": 8, "seed": 3}, "the number of training images must be 20, but got 8, and seed must be 0, but got 3"),
+    ],
+)
+def test_within_an_epoch_nothing_may_change_that_the_order_depends_on(now, message):
+    resumed = loader_of(**{"size": 20, "batch_size": 4, **now})
+    resumed.load_state_dict(interrupted_state())
+    with pytest.raises(InputError, match=f"^To resume within epoch 1, {message}: set it back, or resume from"):
+        epoch_of(resumed, 1)
+    resumed.load_state_dict(interrupted_state())
+    assert_same(epoch_of(resumed, 2), epoch_of(loader_of(**{"size": 20, "batch_size": 4, **now}), 2))
+
+
+def test_batches_may_be_dealt_out_to_other_processes_and_older_checkpoints_do_not_say():
+    whole = epoch_of(loader_of(20, 4), 1)
+    old = {name: value for name, value in interrupted_state().items() if name in ("epoch", "batches")}
+    for state in (interrupted_state(), old):
+        shares = []
+        for rank in range(2):
+            loader = loader_of(20, 2, num_replicas=2, rank=rank)
+            loader.load_state_dict(state)
+            shares.append(torch.cat([batch.labels for batch in epoch_of(loader, 1)]))
+        assert torch.equal(torch.stack(shares, 1).flatten(), torch.cat([batch.labels for batch in whole[2:]]))
+
+
+def test_the_loop_of_lightning_may_be_in_an_epoch_when_the_state_is_not():
+    resumed = loader_of(20, 2)
+    resumed.load_state_dict(interrupted_state(batches=5))
+    resumed.loop = SimpleNamespace(ready=5)
+    with pytest.raises(InputError, match="To resume within epoch 1, batch_size × processes must be 4, but got 2"):
+        epoch_of(resumed, 2)
 
 
 def test_a_finished_epoch_leaves_nothing_out_of_the_next():

@@ -13,6 +13,7 @@ from made_images import make_folder
 from torch import Tensor, nn
 
 from pcnn_lightning.data import Digits, ImageFolder
+from pcnn_lightning.errors import InputError
 
 Seen = list[tuple[int, int, list[int], float]]
 
@@ -91,10 +92,10 @@ def test_overfitting_one_batch():
     assert model.seen[0][2:] == model.seen[1][2:]
 
 
-def fit(num_workers: int = 0, ckpt_path: str | None = None, **options: object) -> Seen:
+def fit(num_workers: int = 0, ckpt_path: str | None = None, batch_size: int = 8, **options: object) -> Seen:
     """Four epochs of five batches, or what a checkpoint leaves of them."""
     model = Recorder(256, 10)
-    data = Digits(batch_size=8, train_size=40, num_workers=num_workers)
+    data = Digits(batch_size=batch_size, train_size=40, num_workers=num_workers)
     trainer_for(max_epochs=4, **options).fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model.seen
 
@@ -126,6 +127,38 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(uninterrupted, kind, 
     assert fit(num_workers, str(folder / f"{kind}-{steps}.ckpt")) == seen[steps:]
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("step", 3), ("step", 5), ("step", 7), ("validation", 5)])
+def test_another_batch_size_is_refused_within_an_epoch(uninterrupted, kind, steps):
+    with pytest.raises(InputError, match=r"To resume within epoch \d, batch_size × processes must be 8, but got 4"):
+        fit(0, str(uninterrupted[1] / f"{kind}-{steps}.ckpt"), batch_size=4)
+
+
+@pytest.mark.parametrize("batch_size", [4, 20])
+def test_another_batch_size_may_begin_with_an_epoch(uninterrupted, batch_size):
+    resumed = fit(0, str(uninterrupted[1] / "epoch-10.ckpt"), batch_size=batch_size)
+    order = [(epoch, label) for epoch, _, labels, _ in uninterrupted[0][10:] for label in labels]
+    assert [(epoch, label) for epoch, _, labels, _ in resumed for label in labels] == order
+
+
+def test_the_default_dtype_changes_nothing(tmp_path):
+    root = str(make_folder(tmp_path, {"train": {"a": 6, "b": 6}}, size=(20, 30)))
+    seen = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            folders = [ImageFolder(root, image_size=16, in_memory=in_memory) for in_memory in (True, False)]
+            loaders = [(data, data.train_dataloader()) for data in (Digits(flip=True), *folders)]
+            seen.append([data.on_after_batch_transfer(batch, 0) for data, loader in loaders for batch in loader])
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for other in seen[1:]:
+        for (images, labels), (its_images, its_labels) in zip(seen[0], other, strict=True):
+            assert its_images.dtype == torch.float32
+            assert torch.equal(images, its_images)
+            assert torch.equal(labels, its_labels)
+
+
 def test_limited_and_reloaded_epochs_do_not_shift_the_order(uninterrupted):
     expected = [step for step in uninterrupted[0] if step[1] < 2]
     assert fit(limit_train_batches=2, reload_dataloaders_every_n_epochs=1) == expected
@@ -137,7 +170,7 @@ def test_each_process_takes_its_share():
     shares = []
     for rank in range(2):
         data = Digits(batch_size=4, train_size=40)
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, fit_loop=trainer_for().fit_loop)
         shares.append(next(iter(data.train_dataloader())))
     for whole, first, second in zip(alone, *shares, strict=True):
         assert torch.equal(whole, torch.stack([first, second], 1).flatten(0, 1))

@@ -1,0 +1,53 @@
+"""Each argument of each data module, given what it cannot be."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_images import make_folder
+
+from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageDataModule, ImageFolder
+
+KINDS: list[type[ImageDataModule]] = [Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, ImageFolder]
+INTEGERS = {"batch_size": 1, "num_workers": 0, "train_size": 1, "seed": 0, "crop_padding": 0, "image_size": 1}
+PATHS, BOOLS = {"root", "predict_dir"}, {"flip", "in_memory"}
+MAY_BE_NONE = {"train_size", "image_size", "in_memory", "predict_dir"}
+
+
+def arguments_of(kind: type[ImageDataModule]) -> list[str]:
+    given = [*inspect.signature(ImageDataModule).parameters, *inspect.signature(kind).parameters]
+    return sorted(set(given) - {"kwargs"})
+
+
+def allowed_for(argument: str) -> tuple[str, list[Any]]:
+    """What the message says is allowed, and values that are not."""
+    if argument in INTEGERS:
+        minimum = INTEGERS[argument]
+        return f"an integer of at least {minimum}", [minimum - 1, float("nan"), 2.0, "2", True, [2]]
+    if argument in BOOLS:
+        return "true or false", [1, 0.0, float("nan"), "yes", "false", []]
+    if argument in PATHS:
+        return "a path", [3, float("nan"), True, b"data", ["data"]]
+    assert argument == "val_fraction"
+    return "a number in [0, 1)", [1, 1.0, -0.1, float("nan"), float("inf"), "0.1", True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"), [(kind, argument) for kind in KINDS for argument in arguments_of(kind)], ids=str
+)
+def test_what_an_argument_cannot_be_is_named(tmp_path, kind, argument):
+    needed = {"root": str(make_folder(tmp_path, {"train": {"a": 1}}))} if kind is ImageFolder else {}
+    allowed, values = allowed_for(argument)
+    for value in values if argument in MAY_BE_NONE else [*values, None]:
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{argument} must be {allowed}, but got {value!r}')}$"):
+            kind(**{**needed, argument: value})
+    if argument in MAY_BE_NONE:
+        kind(**{**needed, argument: None})
+
+
+def test_paths_may_be_objects(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 1}})
+    assert ImageFolder(Path(root), predict_dir=Path(root)).root == root  # type: ignore[arg-type]
+    assert MNIST(Path(root)).root == root  # type: ignore[arg-type]
