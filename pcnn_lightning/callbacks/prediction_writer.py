@@ -1,6 +1,7 @@
 """Writes predictions to a CSV file."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.files import check_writable
+from pcnn_lightning.files import check_writable, write_whole
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write a CSV file with one line per image: its file or index, the predicted label and that label's probability.
+    r"""Write a CSV file with one line per image: its file or index, the predicted label and that label's probability.
+
+    The file is UTF-8 and is written whole or not at all. Bytes of a name that are not UTF-8 are written as escapes,
+    such as ``caf\udce9.png``.
 
     Args:
         path: the file to write.
@@ -55,9 +59,14 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             names, classes = data.predict_names(), data.classes
-            with self.path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(["image", "label", "probability"])
-                for index, label, probability in rows:
-                    writer.writerow([names[index], classes[label], f"{probability:.6f}"])
-            print(f"{len(rows)} predictions in {self.path}")
+            text = io.StringIO(newline="")
+            writer = csv.writer(text)
+            writer.writerow(["image", "label", "probability"])
+            for index, label, probability in rows:
+                writer.writerow([names[index], classes[label], f"{probability:.6f}"])
+            write_whole(self.path, _encoded(text.getvalue()))
+            print(f"{len(rows)} predictions in {_encoded(str(self.path)).decode()}")
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")

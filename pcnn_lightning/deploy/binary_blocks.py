@@ -36,7 +36,8 @@ class BinaryBlocks(nn.Module):
         self.shortcut_norm = torch.stack([shortcut_norm.scale, shortcut_norm.shift]).numpy()
         # Max pooling precedes the PReLU, which may be decreasing.
         self.pool, self.prelu = first.pool, first.prelu if first.pool is not None else None
-        slopes = [torch.ones(self.out_channels) if self.pool is not None else block.prelu.weight for block in blocks]
+        ones = torch.ones(self.out_channels, dtype=torch.float32)
+        slopes = [ones if self.pool is not None else block.prelu.weight for block in blocks]
         self.slopes = torch.stack(slopes).detach().numpy()
         self.scales = torch.stack([_scales(convolution) for convolution in convolutions]).numpy()
         prepared = [_prepare(block) for block in blocks]
@@ -57,9 +58,9 @@ class BinaryBlocks(nn.Module):
             raise ValueError(f"images must be of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}")
         rows, columns, base = self._border_of(x.shape[2:])
         images = x.contiguous()
-        output = torch.empty(len(x), self.out_channels, len(rows), len(columns))
+        output = x.new_empty(len(x), self.out_channels, len(rows), len(columns))
         if self.shortcut is None:
-            shortcuts = torch.empty(0, self.out_channels, 1, 1)
+            shortcuts = x.new_empty(0, self.out_channels, 1, 1)
         else:
             shortcuts = images if isinstance(self.shortcut, nn.Identity) else self.shortcut(x).contiguous()
             sides = (-(-side // self.shortcut_pool) for side in shortcuts.shape[2:])
@@ -168,15 +169,15 @@ def _as_float(order: Tensor) -> Tensor:
 
 def _torch_fuses() -> bool:
     """Whether torch computes a batch norm by fused multiply-add, as it does where the processor can."""
-    norm = FrozenBatchNorm2d(1)
+    norm = FrozenBatchNorm2d(1).float()
     norm.scale.fill_(1 + 2**-12)
     norm.shift.fill_(-1 - 2**-11)
-    return bool((norm(torch.full((1, 1, 8, 8), 1 + 2**-12)) != 0).all())
+    return bool((norm(torch.full((1, 1, 8, 8), 1 + 2**-12, dtype=torch.float32)) != 0).all())
 
 
 def _scales(convolution: FrozenConv2d) -> Tensor:
     """Scale of each output channel, (out_channels,)."""
-    ones = torch.ones(convolution.out_channels)
+    ones = torch.ones(convolution.out_channels, dtype=torch.float32)
     return ones if convolution.scale is None else ones * convolution.scale.flatten()
 
 
@@ -192,4 +193,4 @@ def _split(shortcut: nn.Module | None, channels: int) -> tuple[nn.Module | None,
             and pool.divisor_override is None
         ):
             return shortcut[0], shortcut[1], pool.kernel_size
-    return shortcut, FrozenBatchNorm2d(channels), 1
+    return shortcut, FrozenBatchNorm2d(channels).float(), 1

@@ -8,7 +8,9 @@ from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
 
 LARGEST = 2**20
-"""Upper bound of channels, classes and pixels per side."""
+"""Upper bound of channels, classes and pixels per side, and of the magnitude of means and standard deviations."""
+SMALLEST_STD = 1e-6
+"""Lower bound of standard deviations: images are divided by them in float32, where much smaller ones are 0."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Description:
         in_channels: number of channels of the images.
         image_size: (H, W) of the images, in pixels.
         mean: mean of each channel over the training images, with pixels scaled to 0..1.
-        std: standard deviation of each channel, likewise.
+        std: standard deviation of each channel, likewise; at least 1e-6.
         widths: number of feature maps of the stem and of each stage; None takes the backbone's own.
         planes: channels per feature map, such as J of PCNN or K of MCN.
         sign_activations: whether the 1-bit layers convolve signs, not real-valued activations.
@@ -66,9 +68,10 @@ class Description:
         self._require("image_size", _is_row(self.image_size, _is_size, 2), f"two integers from 1 to {LARGEST}")
         known = self.widths is None or _is_row(self.widths, _is_size)
         self._require("widths", known, f"None, or integers from 1 to {LARGEST}")
-        for name, allowed, what in (("mean", _is_number, "finite"), ("std", _is_positive, "positive")):
+        for name, allowed, lowest in (("mean", _is_number, -LARGEST), ("std", _is_std, SMALLEST_STD)):
             numbers = _is_row(getattr(self, name), allowed, self.in_channels)
-            self._require(name, numbers, f"{self.in_channels} {what} numbers, as many as in_channels")
+            what = f"{self.in_channels} numbers from {lowest} to {LARGEST}"
+            self._require(name, numbers, f"{what}, as many as in_channels")
         named = self.class_names is None or _is_row(self.class_names, _is_text, self.num_classes)
         self._require("class_names", named, f"None, or {self.num_classes} strings, as many as num_classes")
 
@@ -113,8 +116,8 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]
 
 
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and value > 0  # type: ignore[operator]
+def _is_std(value: object) -> bool:
+    return _is_number(value) and value >= SMALLEST_STD  # type: ignore[operator]
 
 
 def _is_option(value: object) -> bool:

@@ -19,8 +19,9 @@ Its metadata has one key, ``pcnn_lightning``, whose value is a JSON object with
 import json
 import math
 import os
+import reprlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pcnn_lightning.backbones import Network, build_backbone
+from pcnn_lightning.backbones import BACKBONES, Network, build_backbone
 from pcnn_lightning.deploy.description import Description
 from pcnn_lightning.deploy.freeze import freeze
 from pcnn_lightning.errors import InputError
@@ -41,6 +42,10 @@ from pcnn_lightning.version import __version__
 
 FORMAT_VERSION = 2
 _KEY = "pcnn_lightning"
+
+
+class _Unsupported(InputError):
+    """A packed file that another version can read, or this one if another package is imported."""
 
 
 class PackedNetwork(Network):
@@ -64,7 +69,8 @@ class PackedNetwork(Network):
         self.features, self.classifier = network.features, network.classifier
         self.description = description
         for name, values in (("mean", description.mean), ("std", description.std)):
-            self.register_buffer(name, 255 * torch.tensor(values).float().reshape(-1, 1, 1), persistent=False)
+            pixels = 255 * torch.tensor(values, dtype=torch.float32)
+            self.register_buffer(name, pixels.reshape(-1, 1, 1), persistent=False)
 
     @classmethod
     def of(cls, network: nn.Module, description: Description) -> "PackedNetwork":
@@ -130,8 +136,8 @@ def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
     No code from the file is executed, and no more memory is allocated than its values need.
 
     Raises:
-        InputError: if the file does not exist, is damaged, is of another kind or version, or does not hold the network
-            that it describes.
+        InputError: if the file does not exist, is damaged, is of another kind or version, does not hold the network
+            that it describes, or holds one of a family or backbone that is not registered.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -146,6 +152,8 @@ def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
             _unpack(network, codes, floats)
     except FileNotFoundError:
         raise InputError(f"there is no packed network {path}") from None
+    except _Unsupported as error:
+        raise InputError(f"{path} {error}") from None
     except (SafetensorError, OSError, InputError) as error:
         raise InputError(f"{path} is damaged or no packed network of pcnn_lightning: {error}") from None
     return PackedNetwork(network, description).eval()
@@ -201,7 +209,7 @@ def _shifts(symbols: range) -> Tensor:
 
 
 def _pack(network: nn.Module) -> tuple[Tensor, Tensor]:
-    codes, floats = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0)]
+    codes, floats = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.float32)]
     for _, tensor, symbols in _tensors(network):
         if symbols is None:
             floats.append(tensor.flatten())
@@ -254,13 +262,20 @@ def _check_sizes(network: nn.Module, file: Any) -> None:
 def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object]:
     try:
         header = json.loads((metadata or {})[_KEY])
-        version, description, checksum = (header[name] for name in ("format_version", "description", "crc32"))
+        version = header["format_version"]
+        if version == FORMAT_VERSION:
+            description, checksum = header["description"], header["crc32"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError("it has no metadata of a packed network") from None
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"it has format version {version!r}, but pcnn_lightning {__version__} reads version {FORMAT_VERSION}"
-        )
+        reads = f"pcnn_lightning {__version__} reads version {FORMAT_VERSION}"
+        raise _Unsupported(f"has format version {reprlib.repr(version)}, but {reads}")
+    known: dict[str, Collection[str]] = {"family": FAMILIES, "backbone": BACKBONES}
+    for kind, names in known.items():
+        name = description.get(kind) if isinstance(description, dict) else None
+        if isinstance(name, str) and name not in names:
+            what = f"{kind} {reprlib.repr(name)}"
+            raise _Unsupported(f"is of {what}, which is not registered: import the package that registers it")
     return Description.from_dict(description), checksum
 
 

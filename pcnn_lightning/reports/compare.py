@@ -1,12 +1,13 @@
 """Comparison of finished runs: their curves in one figure, their best epochs in one table."""
 
+import io
 import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -19,7 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.files import check_writable
+from pcnn_lightning.files import check_writable, write_whole
 from pcnn_lightning.stages import STAGES
 from pcnn_lightning.tables import aligned
 
@@ -31,6 +32,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 line."""
 STYLES = [(colour, marker) for marker in ("", "o", "s", "^") for colour in COLOURS]
 GREY = "0.3"
+LONGEST_FILE = 2**18
+"""Upper bound of the bytes in a file of settings; a larger one is not read."""
+LONGEST = 1000
+"""Upper bound of the characters in the label of a run, apart from its folder."""
 UNITS = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy (nats)", "loss": "loss (nats)"}
 
 Curve = list[tuple[int, float]]
@@ -43,7 +48,7 @@ class Run:
 
     folder: Path
     curves: dict[str, Curve]
-    settings: dict[str, Any]
+    settings: dict[str, str]
     label: str = ""
 
     def stages(self) -> dict[int, str]:
@@ -78,7 +83,7 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", m
     Args:
         runs: log folders, such as ``runs/digits/version_0``. For a folder that contains log folders, the newest
             training run is taken; logs of ``test`` and ``validate`` are skipped.
-        output: file to write the figure to.
+        output: file to write the figure to, in the format of its suffix; PNG if it has none.
         metric: the metric to compare, logged as ``train/...`` and ``val/...``. Higher is better if its name contains
             ``accuracy``, otherwise lower.
 
@@ -95,11 +100,12 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", m
             raise InputError(f"{folder} is named {times} times: name each run's own version_N")
     label_runs(found)
     check_writable(Path(output).parent)
-    figure = draw_runs(found, metric)
+    image = io.BytesIO()
     try:
-        figure.savefig(output)
-    except (OSError, ValueError) as error:  # an existing folder, or an unknown image format
+        draw_runs(found, metric).savefig(image, format=Path(output).suffix[1:] or "png")
+    except (OSError, ValueError) as error:  # an unknown image format
         raise InputError(f"cannot write {output}: {error}") from error
+    write_whole(Path(output), image.getbuffer())
     return table(found, metric)
 
 
@@ -128,21 +134,28 @@ def read_run(path: Path, metric: str = "accuracy") -> Run:
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Read all scalars in the event files of ``folder``, against epochs.
 
-    A damaged file is read up to the damage. Each file belongs to one process; where a resumed run repeats epochs, its
+    A damaged file is read up to the damage. Each file belongs to one process; where a resumed run repeats steps, its
     values replace the earlier ones.
+
+    Raises:
+        InputError: if the name of a file or folder is not UTF-8.
     """
-    curves: dict[str, Curve] = defaultdict(list)
+    curves: dict[str, list[tuple[int, int, float]]] = defaultdict(list)  # steps, epochs and values
     for file in sorted(folder.glob(EVENTS), key=_start):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: keep every point
+        try:
+            events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: keep every point
+        except UnicodeEncodeError as error:
+            raise InputError(f"TensorBoard cannot read {_shown(str(file))}: this name is not UTF-8") from error
         names = events.Tags()["scalars"]
         if "epoch" not in names:  # Lightning logs it along with everything else
             continue
         epochs = {event.step: int(event.value) for event in events.Scalars("epoch")}
         for name in names:
-            points = [(epochs[event.step], event.value) for event in events.Scalars(name) if event.step in epochs]
+            found = [(event.step, event.value) for event in events.Scalars(name) if event.step in epochs]
+            points = [(step, epochs[step], value) for step, value in found]
             if points:
                 curves[name] = [point for point in curves[name] if point[0] < points[0][0]] + points
-    return dict(curves)
+    return {name: [(epoch, value) for _, epoch, value in points] for name, points in curves.items()}
 
 
 def _start(file: Path) -> list[int]:
@@ -150,27 +163,68 @@ def _start(file: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", file.name)]
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read the settings of a run by name: model, hyperparameters, data, seed and length, as far as recorded."""
+def read_settings(folder: Path) -> dict[str, str]:
+    """Read the settings of a run as text, by name: model, hyperparameters, data, seed and length, as far as recorded.
+
+    Files that cannot be read give no settings, whatever is in them.
+    """
     config = _read_yaml(folder / "config.yaml")
-    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
+    model, data, trainer = (_fields(config.get(part)) for part in ("model", "data", "trainer"))
     settings = {
-        "model": model.get("class_path", "").rpartition(".")[2],
-        **_read_yaml(folder / "hparams.yaml"),
-        "data": data.get("class_path", "").rpartition(".")[2],
-        **{f"data.{name}": value for name, value in (data.get("init_args") or {}).items()},
-        "max_epochs": trainer.get("max_epochs", ""),
-        "seed_everything": config.get("seed_everything", ""),
+        "model": _text(model.get("class_path")).rpartition(".")[2],
+        **{name: _text(node) for name, node in _read_yaml(folder / "hparams.yaml").items()},
+        "data": _text(data.get("class_path")).rpartition(".")[2],
+        **{f"data.{name}": _text(node) for name, node in _fields(data.get("init_args")).items()},
+        "max_epochs": _text(trainer.get("max_epochs")),
+        "seed_everything": _text(config.get("seed_everything")),
     }
-    return {name: value for name, value in settings.items() if value != "" and not name.startswith("_")}
+    return {name: text for name, text in settings.items() if text and not name.startswith("_")}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path) -> dict[str, yaml.Node]:
+    """Read the fields of a YAML file as nodes: values made of them could be endless, or run code."""
     try:
-        content = yaml.full_load(file.read_text(encoding="utf-8"))  # as Lightning does, which keeps tuples
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}  # only labels need it, which can be folder names
-    return content if isinstance(content, dict) else {}
+        if not file.is_file() or file.stat().st_size > LONGEST_FILE:
+            return {}
+        return _fields(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader))
+    except Exception:  # yaml raises what it likes, and only labels need it, which can be folder names
+        return {}
+
+
+def _fields(node: yaml.Node | None) -> dict[str, yaml.Node]:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {key.value: value for key, value in pairs if isinstance(key, yaml.ScalarNode)}
+
+
+def _text(node: yaml.Node | None) -> str:
+    """The text of a value; of a collection, its first 200 pieces."""
+    return "" if node is None else "".join(islice(_pieces(node), 200))
+
+
+def _pieces(node: yaml.Node) -> Iterator[str]:
+    """Yield the text of a value in pieces, which may never end: through an alias, a list can contain itself."""
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            yield f"{float(node.value):g}" if node.tag.endswith(":float") else node.value
+        except ValueError:  # such as .inf
+            yield node.value
+        return
+    mapping = isinstance(node, yaml.MappingNode)
+    left, right = "{}" if mapping else "()" if node.tag.endswith("/tuple") else "[]"
+    yield left
+    for index, item in enumerate(node.value):
+        *key, value = item if mapping else [item]
+        yield ", " if index else ""
+        for name in key:
+            yield from _pieces(name)
+            yield ": "
+        yield from _pieces(value)
+    yield right
+
+
+def _shown(text: str) -> str:
+    """Escape what cannot be printed."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def label_runs(runs: Sequence[Run]) -> None:
@@ -178,23 +232,22 @@ def label_runs(runs: Sequence[Run]) -> None:
 
     A setting that only one family has is used if it differs within that family.
     """
-    told = [
-        {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in run.settings.items()}
-        for run in runs
-    ]
     values: dict[str, set[str]] = defaultdict(set)
-    for settings in told:
-        for name, value in settings.items():
+    for run in runs:
+        for name, value in run.settings.items():
             values[name].add(value)
-    for run, settings in zip(runs, told, strict=True):
-        run.label = ", ".join(
-            f"{name}={settings[name]}" for name in values if len(values[name]) > 1 and name in settings
+    for run in runs:
+        label = _shown(
+            ", ".join(
+                f"{name}={run.settings[name]}" for name in values if len(values[name]) > 1 and name in run.settings
+            )
         )
+        run.label = label if len(label) <= LONGEST else f"{label[:LONGEST]}..."
     times = Counter(run.label for run in runs)
     common = os.path.commonpath([run.folder.resolve().parent for run in runs])
     for run in runs:
         if not run.label or times[run.label] > 1:
-            folder = run.folder.resolve().relative_to(common).as_posix()
+            folder = _shown(run.folder.resolve().relative_to(common).as_posix())
             run.label = f"{run.label} ({folder})" if run.label else folder
 
 
@@ -213,7 +266,7 @@ def table(runs: Sequence[Run], metric: str = "accuracy") -> str:
             epoch, value = run.best(metric, stage) or ("-", None)
             row += [_say(value, metric), str(epoch)]
         splits = ["val", "train", *(["test"] if tested else [])]
-        rows.append([*row, *(_say(run.last(f"{split}/{metric}"), metric) for split in splits), str(run.folder)])
+        rows.append([*row, *(_say(run.last(f"{split}/{metric}"), metric) for split in splits), _shown(str(run.folder))])
     lines = aligned([row[:-1] for row in rows])
     return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
 
@@ -258,11 +311,10 @@ def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:
     strokes: dict[str, Any] = {"training": "-", "validation": "--"} | dict.fromkeys(what, ":")
     kinds = [Line2D([], [], color=GREY, linestyle=dash, label=label) for label, dash in strokes.items()]
     figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
-    own = [
-        Line2D([], [], color=colour, marker=marker, label=label)
-        for label, (_, (colour, marker)) in zip(labels, styled, strict=True)
-    ]
-    figure.legend(handles=own, loc="outside lower center", ncols=columns, frameon=False)
+    own = [Line2D([], [], color=colour, marker=marker, label="run") for _, (colour, marker) in styled]
+    names = figure.legend(handles=own, loc="outside lower center", ncols=columns, frameon=False)
+    for text, label in zip(names.get_texts(), labels, strict=True):
+        text.set(text=label, parse_math=False)  # a legend would drop _names and read $ as mathematics
     return figure
 
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -235,6 +237,41 @@ def test_files_hold_the_description(digits):
     assert expected.family == type(digits.model).__name__
     assert (expected.stage, expected.image_size) == ("binary", (16, 16))
     assert expected.class_names == tuple("0123456789")
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_files_do_not_depend_on_the_default_dtype(digits):
+    model, data, _, _, folder = digits
+    save_packed(model.net, "network.safetensors", describe(model, data))
+    assert Path("network.safetensors").read_bytes() == (folder / "network.safetensors").read_bytes()
+    double = type(model)(**model.hparams)
+    double.set_stage("binary")
+    fit(double, data)
+    double.eval()
+    assert double.net.classifier.weight.dtype == torch.float64
+    assert summarize(double.net, (1, 16, 16)) == summarize(model.net, (1, 16, 16))
+    for name, save in EXPORTERS.items():
+        save(double.net, name, describe(double, data))
+    loaded, images = load_packed("network.safetensors"), digits.images[:5]
+    tensors = [*loaded.buffers(), *loaded.parameters()]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+    with torch.no_grad():
+        logits = loaded(loaded.preprocess(images)).numpy()
+        ours = torch.export.load("network.pt2").module()(images).numpy()
+    (theirs,) = run(onnxruntime.InferenceSession("network.onnx"), images)
+    assert logits.dtype == ours.dtype == theirs.dtype == np.float32
+    np.testing.assert_array_equal(logits, ours)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_files_can_be_written_to_a_pipe(digits, name):
+    os.mkfifo("pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(Path("pipe").read_bytes)
+        EXPORTERS[name](digits.model.net, "pipe", describe(digits.model, digits.data))
+    assert read.result() == (digits.folder / name).read_bytes()
+    assert [path.name for path in Path().iterdir() if path.is_fifo()] == ["pipe"]
 
 
 def test_files_hold_no_paths_of_this_machine(digits):

@@ -217,6 +217,16 @@ def test_the_same_logits_bit_for_bit(name):
         assert same(fast, frozen, images, images.contiguous(memory_format=torch.channels_last))
 
 
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("name", ["PCNN wrn7", "PCNN resnet18_cifar", "PCNN vgg_small"])
+def test_the_same_logits_whatever_the_default_dtype(name):
+    frozen = freeze(trained(name).float())
+    images = torch.randn(2, *IMAGE_SHAPE, dtype=torch.float32)
+    logits = accelerate(frozen)(images)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, frozen(images))
+
+
 def test_empty_and_large_batches():
     frozen = freeze(trained("PCNN J=4"))
     fast = accelerate(frozen)

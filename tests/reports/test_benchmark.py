@@ -199,6 +199,16 @@ def test_a_layer_is_timed_at_the_size_it_has_in_the_network():
     assert next(iter(benchmark_layer(tiny_mcn(), "features.stem", (1, 8, 8), 5, ONCE).ratios)) == "ModulatedConv2d"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_may_be_of_another_dtype_than_the_default(dtype):
+    model = tiny_pcnn().to(dtype)
+    torch.set_default_dtype(torch.float32 if dtype == torch.float64 else torch.float64)
+    try:
+        assert benchmark_layer(model, "features.stage1.0.conv", (1, 8, 8), 2, ONCE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_unknown_layer_is_refused():
     with pytest.raises(InputError, match=r"layer must be one of features.stage1.0.conv, .*, but got 'stem'"):
         benchmark_layer(tiny_pcnn(), "stem", (1, 8, 8), 5, ONCE)

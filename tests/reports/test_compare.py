@@ -1,6 +1,8 @@
 import math
+import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,75 @@ def test_runs_with_damaged_settings_are_labelled_by_folder(content):
     assert labels("x/a", "y/a") == ["x/a", "y/a"]
 
 
+NESTED = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
+)
+ODD = {
+    "date": "x: 2024-13-45",
+    "integer": "x: !!int abc",
+    "digits": "x: " + "9" * 5000,
+    "depth": "x: " + "[" * 5000 + "]" * 5000,
+    "code": "x: !!python/name:missing.name",
+    "numeric key": "5: 6",
+    "null key": "null: 5",
+    "long key": f"data: {{init_args: {{0x{'f' * 5000}: 6}}}}",
+    "exponential key": NESTED.replace("[", "!!python/tuple [") + "? *j\n: 1",
+    "exponential merge": "a: &a {x: 1}\n"
+    + "".join(f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n" for old, new in pairwise("abcdefghij")),
+    "model": "model: 5",
+    "class": "model: {class_path: 5}",
+    "data": "data: text",
+    "no class": "data: {class_path: null}",
+    "arguments": "data: {init_args: [1]}",
+    "trainer": "trainer: text",
+    "size": "x: " + "y" * 2**19,
+    "character": 'x: "\\UFFFFFFFF"',
+    "NUL": "x: \0",
+}
+
+
+@pytest.mark.parametrize("file", ["hparams.yaml", "config.yaml"])
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_odd_settings_end_no_comparison(file, content):
+    (write("x/a", row(0.5)) / file).write_text(content)
+    write("x/b", row(0.5))
+    assert labels("x/a", "x/b") == ["a", "b"]
+
+
+def test_settings_are_read_from_plain_files_only():
+    folder = write("x/a", row(0.5))
+    (folder / "hparams.yaml").unlink()
+    os.mkfifo(folder / "hparams.yaml")
+    (folder / "config.yaml").mkdir()
+    assert labels("x/a") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        ("widths: [16, 32]", "widths=[16, 32]"),
+        ("widths: {16: [], a: {b: 0.50}}", "widths={16: [], a: {b: 0.5}}"),
+        ("day: 2024-01-02", "day=2024-01-02"),
+        ("limit: .inf", "limit=.inf"),
+        ('name: "\\ud800\\n"', r"name=\ud800\n"),
+        ("me: &me [*me]", f"me={'[' * 100}"),
+        ("me: &me {*me : 5}", f"me={'{' * 100}"),
+        ("count: " + "9" * 5000, f"count={'9' * 994}..."),
+    ],
+)
+def test_values_of_any_kind_have_a_text(content, label):
+    write("x/a", row(0.5), **dict.fromkeys(("widths", "day", "limit", "name", "me", "count"), "other"))
+    (write("x/b", row(0.5)) / "hparams.yaml").write_text(content)
+    assert labels("x/a", "x/b")[1] == label
+
+
+def test_a_text_without_end_is_cut():
+    for value in "xy":
+        (write(f"x/{value}", row(0.5)) / "hparams.yaml").write_text(NESTED.replace("x", value))
+    assert max(map(len, labels("x/x", "x/y"))) == 1003
+    assert compare_runs(["x/x", "x/y"])
+
+
 # Finding and reading.
 
 
@@ -186,6 +257,29 @@ def test_points_after_the_resumed_epoch_are_dropped():
     assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.125), (1, 0.25), (2, 0.5)]
 
 
+def test_a_validation_within_the_epoch_of_the_break_is_kept():
+    write("a", row(0.5))
+    for values in ({14: 1.0, 19: 0.25}, {19: 0.125}):  # killed after step 19, and resumed from step 14
+        with SummaryWriter("a") as writer:
+            for step, value in values.items():
+                writer.add_scalar("epoch", 1, step)
+                writer.add_scalar("val/accuracy", value, step)
+    assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.5), (1, 1.0), (1, 0.125)]
+
+
+def test_a_killed_and_resumed_run_has_the_table_of_an_unbroken_one():
+    epochs = [row(0.5, TERNARY), row(0.75, TERNARY), row(0.25), row(0.625), row(0.375, train=0.875)]
+    unbroken = write("runs/unbroken", *epochs)
+    broken = write("runs/broken", *epochs[:3], row(1.0))
+    [file] = broken.glob("events*")
+    file.write_bytes(file.read_bytes()[:-10])  # killed amid a record
+    write("runs/broken", *epochs[2:], first=2)
+    write("runs/broken", *epochs[4:], first=4)
+    assert len(list(broken.glob("events*"))) == 3
+    (_, *one), (_, *other) = (cells(compare_runs([folder]))[1] for folder in (unbroken, broken))
+    assert one[:-1] == other[:-1] == ["75.00 %", "1", "62.50 %", "3", "37.50 %", "87.50 %"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_file_is_read_up_to_the_damage(damage):
     folder = write("a", *(row(value) for value in (0.25, 0.5, 0.75)))
@@ -200,7 +294,7 @@ def test_long_logs_are_read_completely():
     write("a", *(row(0.5) for _ in range(12)))
     with SummaryWriter("a") as writer:
         for step in range(10_050):
-            writer.add_scalar("epoch", 12, step)
+            writer.add_scalar("epoch", 12, 120 + step)
     assert len(read_curves(Path("a"))["epoch"]) == 12 + 10_050
 
 
@@ -240,6 +334,39 @@ def test_the_picture_is_written_where_asked():
     for output in ("taken.png", "curves.txt", "a/hparams.yaml/x.png"):
         with pytest.raises(InputError, match=r"taken\.png|curves\.txt|hparams\.yaml"):
             compare_runs(["a"], output)
+
+
+def test_a_picture_without_a_suffix_is_a_png():
+    compare_runs([write("a", row(0.5))], "b/two")
+    assert Path("b/two").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_is_written_whole_or_not_at_all(monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    write("a", row(0.5))
+    Path("b").mkdir()
+    Path("b/two.png").write_text("what was there before")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"b/two\.png cannot be written \(No space left on device\)"):
+        compare_runs(["a"], "b/two.png")
+    assert [path.read_text() for path in Path("b").iterdir()] == ["what was there before"]
+
+
+@pytest.mark.parametrize("name", ["_a", r"$\frac$", "a\nb"])
+def test_folders_of_any_name_can_be_drawn(name):
+    run = read_run(write(f"x/{name}", row(0.5)))
+    assert len(compare_runs([run.folder]).splitlines()) == 2
+    label_runs([run])
+    _, names = draw_runs([run]).legends
+    assert [text.get_text() for text in names.get_texts()] == [name.replace("\n", r"\n")]
+
+
+def test_a_folder_that_tensorboard_cannot_read_is_refused():
+    folder = write("a", row(0.5)).rename("caf\udce9")
+    with pytest.raises(InputError, match=r"^TensorBoard cannot read caf\\udce9/events.*: this name is not UTF-8"):
+        compare_runs([folder])
 
 
 def test_curves_are_what_was_logged():
@@ -304,7 +431,7 @@ def test_a_real_run():
     assert list(run.stages().values()) == ["ternary", "binary", "binary"]
     assert [epoch for epoch, _ in run.curves["val/accuracy"]] == [0, 0, 1, 1, 2, 2]
     assert [epoch for epoch, _ in run.curves["train/accuracy"]] == [0, 1, 2]
-    assert run.settings["projection_loss_weight"] == 0.0
+    assert run.settings["projection_loss_weight"] == "0"
     assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
     assert cells(compare_runs(["logs"]))[1][0] == "version_0"
 

@@ -39,14 +39,14 @@ def benchmark_layer(
         raise InputError(f"layer must be {known}, but got {name!r}")
     layer, device = layers[name], setting.device
     seen = _input_of(model.net, layer, image_shape)
-    x = torch.randn(batch_size, *seen.shape[1:], device=device)
+    x = torch.randn(batch_size, *seen.shape[1:], dtype=seen.dtype, device=device)
     sign = _sign_of(model.net) if bool((seen.abs() == 1).all()) else nn.Identity()
     contenders: dict[str, nn.Module] = {type(layer).__name__: _Ours(layer, sign), "nn.Conv2d": _make(nn.Conv2d, layer)}
     if isinstance(sign, SignActivation):
         contenders |= {peer: make(layer) for peer, make in PEERS.items() if find_spec(peer) is not None}
     passes = {}
     for contender, module in contenders.items():
-        module.to(device, memory_format=setting.memory_format).train()  # type: ignore[call-overload]
+        module.to(device, x.dtype, memory_format=setting.memory_format).train()  # type: ignore[call-overload]
         if setting.compiled:
             module.compile()
         passes[contender] = _pass(module, x.contiguous(memory_format=setting.memory_format), setting)
@@ -118,7 +118,7 @@ def _input_of(network: nn.Module, layer: QuantizedConv2d, image_shape: tuple[int
     """The input of ``layer`` for one random image."""
     inputs: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    network.eval()(torch.randn(1, *image_shape))
+    network.eval()(torch.randn(1, *image_shape, dtype=next(network.parameters()).dtype))
     handle.remove()
     return inputs[0]
 
