@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from pcnn_lightning.callbacks.drawing import DrawingCallback, choose_layer, stage_of
+from pcnn_lightning.checks import check_integer
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import sign
 from pcnn_lightning.layers import QuantizedConv2d
@@ -65,20 +66,26 @@ class Diversity(DrawingCallback):
 
     def __init__(self, layer: str | None = None, image: int = 0, channels: int = 4) -> None:
         super().__init__()
-        for name, value, minimum in (("image", image, 0), ("channels", channels, 1)):
-            if value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, but got {value}")
+        check_integer("image", image, 0)
+        check_integer("channels", channels, 1)
         self.layer, self.image, self.channels = layer, image, channels
         self.view: View | None = None
         self._chosen: tuple[str, QuantizedConv2d] | None = None
         self._image = torch.empty(0)  # (1, C, H, W), on the device
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self.view, self._chosen = None, choose_layer(pl_module, self.layer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._chosen is not None:
             self._image = evaluation_image(trainer, self.image)
             self._look(trainer.current_epoch - 1, pl_module)  # a resumed run may start at the end of a stage
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.view is None:  # nothing was left to train
+            self.on_train_start(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         diversity = self._look(trainer.current_epoch, pl_module)
@@ -99,7 +106,7 @@ class Diversity(DrawingCallback):
             self._draw()
         layer, seen = self._chosen[1], []
         with evaluating(pl_module), layer.register_forward_hook(lambda _layer, _input, output: seen.append(output)):
-            pl_module(self._image.to(pl_module.dtype))
+            pl_module(self._image.to(pl_module.device))
         kernels, planes = layer.quantized_weight(), layer.planes
         shown = self.channels if planes == 1 else min(self.channels, planes)
         self.view = View(stage, epoch, kernels[:shown, 0].clone(), seen[0][0, :shown].clone())

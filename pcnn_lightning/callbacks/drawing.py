@@ -1,6 +1,7 @@
 """Base class and helpers of callbacks that draw figures."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import write_whole
 from pcnn_lightning.layers import QuantizedConv2d, one_bit_layers
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
@@ -36,6 +38,7 @@ class DrawingCallback(Callback):
         super().__init__()
         self.folder: Path | None = None
         self.writers: list[SummaryWriter] = []
+        self._is_drawn = False
         self.begin_anew()
 
     @property
@@ -46,7 +49,7 @@ class DrawingCallback(Callback):
         """Discard the records of an earlier run. Overridden by callbacks that record over epochs."""
 
     def draw(self, trainer: Trainer) -> None:
-        """Write figures and tables, at the end of training or when it is interrupted."""
+        """Write figures and tables: at the end of training, when it is interrupted, or if nothing is left to train."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -54,7 +57,8 @@ class DrawingCallback(Callback):
             if trainer.global_step == 0:  # otherwise this trainer continues; a checkpoint is restored after setup
                 self.begin_anew()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_drawn = False
         # log_dir is broadcast, so all processes read it here: after an exception they are out of step.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -63,6 +67,13 @@ class DrawingCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer)
+        self._is_drawn = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_drawn:  # the checkpoint is of a run that was killed at its end
+            self.draw(trainer)
+            for writer in self.writers:
+                writer.close()  # as Lightning has done before; drawing has opened it again
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.draw(trainer)
@@ -78,8 +89,9 @@ class DrawingCallback(Callback):
         """Write ``figure`` to ``<file>.png`` (default: ``<name>.png``) and to TensorBoard under "Images"."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / f"{file or name}.png")
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        write_whole(self.folder / f"{file or name}.png", image.getbuffer())
         for writer in self.writers:
             writer.add_figure(name, figure, epoch)
 
@@ -87,11 +99,11 @@ class DrawingCallback(Callback):
         """Write ``rows`` to ``<name>.csv``; missing values are left empty."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.folder / f"{name}.csv", text.getvalue().encode())
 
 
 def choose_layer(module: nn.Module, name: str | None) -> tuple[str, QuantizedConv2d] | None:

@@ -17,6 +17,7 @@ from pcnn_lightning.callbacks.drawing import (
     DrawingCallback,
     choose_layer,
 )
+from pcnn_lightning.checks import check_integer
 from pcnn_lightning.layers import QuantizedConv2d
 
 MOST_POINTS, MOST_PANELS = 500, 8
@@ -50,8 +51,8 @@ class FilterCurves(DrawingCallback):
 
     def __init__(self, layer: str | None = None, every_n_steps: int | None = None) -> None:
         super().__init__()
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1 or null, but got {every_n_steps}")
+        if every_n_steps is not None:
+            check_integer("every_n_steps", every_n_steps, 1)
         self.layer, self.every_n_steps = layer, every_n_steps
         self._chosen: tuple[str, QuantizedConv2d] | None = None
         self._every = 1
@@ -59,12 +60,14 @@ class FilterCurves(DrawingCallback):
     def begin_anew(self) -> None:
         self.steps: list[int] = []
         self.values = torch.empty(0)  # (len(steps), planes, kh, kw), on the CPU
-        self._waiting: list[tuple[int, Tensor]] = []  # on the device
+        self._waiting: list[tuple[int, int, Tensor]] = []  # with the batch that a logger counts; on the device
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._chosen = choose_layer(pl_module, self.layer)
         self._every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer)
 
     def on_train_batch_end(
@@ -74,11 +77,8 @@ class FilterCurves(DrawingCallback):
             self._record(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer)  # it may be the last step, which is kept; weight averaging changes the filters after it
         self._collect()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer)
-        super().on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         self._collect()
@@ -96,7 +96,8 @@ class FilterCurves(DrawingCallback):
             return
         last = self._waiting[-1][0] if self._waiting else self.steps[-1] if self.steps else -1
         if trainer.global_step > last:  # an optimizer step may take several batches
-            self._waiting.append((trainer.global_step, self._chosen[1].filters()))
+            batch = trainer.fit_loop.total_batch_idx
+            self._waiting.append((trainer.global_step, batch, self._chosen[1].filters()))
         if len(self._waiting) > MOST_POINTS:  # an epoch may be infinite
             self._collect()
 
@@ -104,16 +105,16 @@ class FilterCurves(DrawingCallback):
         """Move waiting records from the device to the CPU and log their statistics."""
         if not self._waiting or self._chosen is None:
             return
-        steps = [step for step, _ in self._waiting]
-        values = torch.stack([value for _, value in self._waiting]).float().cpu()
+        steps, batches, waiting = zip(*self._waiting, strict=True)
+        values = torch.stack(waiting).float().cpu()
         self._waiting = []
         deviations, means = torch.std_mean(values, dim=(-2, -1), correction=0)
         for writer in self.writers:
             for name, measure in (("mean", means), ("std", deviations)):
-                for step, planes in zip(steps, measure.tolist(), strict=True):
-                    for plane, value in enumerate(planes):
-                        writer.add_scalar(f"filters/{self._chosen[0]}/plane{plane}/{name}", value, step)
-        self.steps, self.values = self.steps + steps, torch.cat([self.values, values])
+                for batch, planes in zip(batches, measure.tolist(), strict=True):
+                    for plane, value in enumerate(planes if batch >= 0 else ()):  # no batch before training
+                        writer.add_scalar(f"filters/{self._chosen[0]}/plane{plane}/{name}", value, batch)
+        self.steps, self.values = [*self.steps, *steps], torch.cat([self.values, values])
         distance = self._distance(steps[-1])
         kept = [index for index, step in enumerate(self.steps) if step % distance == 0 or step == steps[-1]]
         self.steps, self.values = [self.steps[index] for index in kept], self.values[kept]

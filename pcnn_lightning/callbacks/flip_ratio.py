@@ -34,7 +34,6 @@ class FlipRatio(DrawingCallback):
         self._signs: dict[str, Tensor] = {}  # by layer, at the end of the last epoch: -1, 0 and 1 (int8)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         if self.folder is not None and not self._signs:
             self._signs = signs_of(pl_module)
 

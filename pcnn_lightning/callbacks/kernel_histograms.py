@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, layers_of, stage_of
+from pcnn_lightning.checks import check_integer
 from pcnn_lightning.layers import QuantizedConv2d
 
 STATISTICS = ("mean", "mean_abs", "std_abs", "bimodality")
@@ -42,10 +43,8 @@ class KernelHistograms(DrawingCallback):
 
     def __init__(self, every_n_epochs: int = 1, bins: int = 64) -> None:
         super().__init__()
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, but got {every_n_epochs}")
-        if bins < 2:
-            raise ValueError(f"bins must be at least 2, but got {bins}")
+        check_integer("every_n_epochs", every_n_epochs, 1)
+        check_integer("bins", bins, 2)
         self.every_n_epochs, self.bins = every_n_epochs, bins
 
     def begin_anew(self) -> None:

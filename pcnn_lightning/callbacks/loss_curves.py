@@ -26,8 +26,8 @@ class LossCurves(DrawingCallback):
         self._terms: Mapping[str, LossTerm] = {}
         self._validation: dict[str, float] = {}  # of this epoch; empty without validation
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._terms = pl_module.terms  # type: ignore[assignment]
         tags = rf"^(train|val)/({'|'.join(self._terms)})$"
         for writer in self.writers:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from pcnn_lightning.checks import check_integer, check_positive
 from pcnn_lightning.errors import InputError
 
 
@@ -31,10 +32,11 @@ class StageSwitch(Callback):
 
     def __init__(self, epoch: float, patience: int | None = None, monitor: str = "val/accuracy") -> None:
         super().__init__()
-        if epoch <= 0 or (epoch > 1 and epoch != int(epoch)):
+        check_positive("epoch", epoch)
+        if epoch > 1 and epoch != int(epoch):
             raise ValueError(f"epoch must be a share in (0, 1) or a positive whole number, but got {epoch}")
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience must be at least 1 validation or null, but got {patience}")
+        if patience is not None:
+            check_integer("patience", patience, 1)
         self.epoch, self.patience, self.monitor = epoch, patience, monitor
         self.best = float("-inf")
         self.validations_since_best = 0
@@ -54,6 +56,12 @@ class StageSwitch(Callback):
                 f"StageSwitch at epoch {self.first_binary_epoch} leaves no binary epoch: trainer.max_epochs is {epochs}"
             )
         if pl_module.stage == "ternary":
+            steps = -(-trainer.num_training_batches // pl_module.hparams.get("accumulate", 1)) * self.first_binary_epoch
+            if 0 <= trainer.max_steps <= steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise InputError(
+                    f"StageSwitch at epoch {self.first_binary_epoch}, after {steps:.0f} steps, leaves no binary step: "
+                    f"trainer.max_steps is {trainer.max_steps}"
+                )
             pl_module.stage_end = self.first_binary_epoch  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

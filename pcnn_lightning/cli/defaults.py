@@ -1,6 +1,5 @@
 """What every run has unless its configuration or a flag changes it: a folder, logs, checkpoints and recorders."""
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -39,7 +38,7 @@ DEFAULTS: dict[str, type[Callback]] = {
 def add_run_arguments(parser: LightningArgumentParser) -> None:
     """Add the folder of the run and its callbacks to a subcommand."""
     parser.add_argument(
-        "--run_dir", type=str, default="runs/default", help="Folder of the run's logs (version_N) and checkpoints."
+        "--run_dir", type=str, default="runs/default", help="Folder of runs; each has its own version_N in it."
     )
     for name, callback in {**OPTIONAL, **DEFAULTS}.items():
         default = None if name in OPTIONAL else {"class_path": f"pcnn_lightning.{callback.__name__}"}
@@ -49,29 +48,32 @@ def add_run_arguments(parser: LightningArgumentParser) -> None:
 
 
 def trainer_arguments(run: Namespace) -> dict[str, Any]:
-    """The Trainer's arguments with the defaults of a run filled in.
+    """The Trainer's arguments with the defaults of a run filled in, in lists where there may be several.
 
     Args:
         run: the instantiated configuration of a subcommand.
     """
     arguments = dict(run["trainer"])
+    if arguments["barebones"]:  # only the loop
+        return arguments
     run_dir = run["run_dir"]
-    given = arguments["callbacks"] or []
-    callbacks = list(given) if isinstance(given, list) else [given]
+    callbacks = _listed(arguments["callbacks"])
     for name, callback in {**OPTIONAL, **DEFAULTS}.items():
         wanted = run[name] is not None and not any(isinstance(one, callback) for one in callbacks)
         if wanted and (name != "checkpoint" or arguments["enable_checkpointing"] is not False):
             callbacks.append(run[name])
     if arguments["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
         callbacks.append(StageProgressBar())
-    for callback in callbacks:
-        if isinstance(callback, StageCheckpoint) and callback.dirpath is None:
-            callback.dirpath = str(Path(run_dir).expanduser().resolve() / "checkpoints")
     if run["checkpoint"] is None and not any(isinstance(one, Checkpoint) for one in callbacks):
         arguments["enable_checkpointing"] = False  # otherwise Lightning adds a checkpoint callback of its own
-    if arguments["logger"] is None:
+    if arguments["logger"] in (None, True):
         arguments["logger"] = TensorBoardLogger(save_dir=run_dir, name="", default_hp_metric=False)
+    logger = _listed(arguments["logger"])
     if arguments["default_root_dir"] is None:
         arguments["default_root_dir"] = run_dir
     # In place of Lightning's summary, which does not know 1-bit layers, there is OneBitCLI.before_fit.
-    return {**arguments, "callbacks": callbacks, "enable_model_summary": False}
+    return {**arguments, "callbacks": callbacks, "logger": logger, "enable_model_summary": False}
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list) else [given] if given else []

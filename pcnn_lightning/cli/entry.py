@@ -1,12 +1,16 @@
 """The entry point: what the process prints, and what it exits with."""
 
+import io
 import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
+import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import ArgsType
@@ -33,6 +37,9 @@ IGNORED_WARNINGS = (
 
 def main(args: ArgsType = None) -> OneBitCLI:
     """Run the command line. Mistakes of the user end in one line and exit status 2, a diverged run in status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack η, and a name may not be UTF-8
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     # Lightning advertises other products in the log of every run.
@@ -66,6 +73,10 @@ def main(args: ArgsType = None) -> OneBitCLI:
             # A data loader's worker sends its traceback along; the message follows the name of the error.
             message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
             _fail(message, 1 if isinstance(error, DivergedError) else 2)
+        except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+            if "PCNN_LIGHTNING_TRACEBACK" in os.environ or not _is_of_lightning(error):
+                raise
+            _fail(f"{' '.join(str(error).split())} ({type(error).__name__})", 2)
         except OSError as error:
             if "PCNN_LIGHTNING_TRACEBACK" in os.environ or error.strerror is None:
                 raise
@@ -74,6 +85,12 @@ def main(args: ArgsType = None) -> OneBitCLI:
             sys.exit(128 + signal.SIGINT)  # while nothing is being trained
         except SIGTERMException:
             sys.exit(interruption.status)  # Lightning's own status would mean success
+
+
+def _is_of_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised this error, which is then about its arguments."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(lightning.__file__).parent in Path(frames[-1].filename).parents
 
 
 def _fail(message: str, status: int) -> NoReturn:

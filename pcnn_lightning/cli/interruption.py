@@ -4,8 +4,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 
 class Interruption:
@@ -36,7 +40,63 @@ class Interruption:
             return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):  # training has not begun
-            raise KeyboardInterrupt
+            raise SystemExit(128 + signal.SIGINT)  # Lightning would turn KeyboardInterrupt into status 1
         self.status = 128 + signal.SIGINT
         print("\nEnding after this batch. Ctrl-C again ends at once, without a checkpoint.", file=sys.stderr)
         signal.raise_signal(signal.SIGTERM)
+
+
+class BetweenBatches(Callback):
+    """Lets Lightning act on signals only between two batches or epochs.
+
+    Lightning's handlers save a checkpoint (SLURM's requeue signal) or call the other processes (SIGTERM) at once, amid
+    a batch: the checkpoint would be half updated, and the processes would wait for each other for ever. Here the
+    processes agree at the end of a batch, every ``trainer.log_every_n_steps`` batches if there are several, and at the
+    end of an epoch.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[..., Any]] = {}
+        self._received: list[int] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received = []
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            of_lightning = type(handler).__module__.startswith("lightning.pytorch")
+            # With one process, Lightning itself only notes SIGTERM until the batch ends.
+            if callable(handler) and of_lightning and (number != signal.SIGTERM or trainer.world_size > 1):
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every: int = 1 if trainer.world_size == 1 else trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        # The last batch is followed by a validation or the end of the epoch, which a checkpoint is to hold as well.
+        if (batch_idx + 1) % every == 0 and not trainer.is_last_batch:
+            self._act(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._act(trainer)
+
+    def _note(self, number: int, _: Any) -> None:
+        self._received.append(number)
+
+    def _act(self, trainer: Trainer) -> None:
+        for number, handler in self._handlers.items():
+            received = number in self._received
+            if trainer.world_size > 1:
+                received = trainer.strategy.reduce_boolean_decision(received, all=False)
+            if received:
+                self._received = [other for other in self._received if other != number]
+                handler(number, None)
+
+
+class BetweenBatchesAndCheckpoints(BetweenBatches, Checkpoint):
+    """As a ``Checkpoint``, it runs after all other callbacks, so that what it saves holds their records.
+
+    A Trainer without checkpoints does not accept it.
+    """

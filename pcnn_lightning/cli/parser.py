@@ -1,24 +1,29 @@
 """LightningCLI with the project's subcommands, defaults of a run, and readable mistakes."""
 
+import re
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from pcnn_lightning import data  # noqa: F401  (lets the parser resolve its classes by their short names)
 from pcnn_lightning.checkpoints import load_checkpoint
-from pcnn_lightning.cli.checkpoint_argument import (
-    LINKED,
-    checkpoint_argument,
-    find_checkpoint,
-    model_config,
-    packed_config,
-)
+from pcnn_lightning.cli.checkpoint_argument import LINKED, checkpoint_argument, model_config, packed_config
 from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
+from pcnn_lightning.cli.interruption import BetweenBatches, BetweenBatchesAndCheckpoints
+from pcnn_lightning.cli.run_folder import (
+    continue_logs,
+    find_checkpoint,
+    folders_of,
+    next_version,
+    requeued_checkpoint,
+)
 from pcnn_lightning.cli.subcommands import summary_of
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
@@ -34,18 +39,27 @@ class Parser(LightningArgumentParser):
         if file is not sys.stderr:
             super().print_usage(file)
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # Of the reasons why a value fits none of several types, the class that was named has the one that helps.
+        key, reason = (
+            re.search(r'Parser key "(.+?)"', message),
+            re.search(r"class_path '(.+?)':\s+(Option '(?!class_path).+)", message),
+        )
+        super().error(f"{key[1]}: {reason[1]}: {reason[2]}" if key and reason else message, ex)
+
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the folder of the logs, if the run has logs."""
+    """Writes ``config.yaml`` into the folder of the logs, if a run that trains has logs."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.loggers:
+        if trainer.loggers and stage == "fit":
             super().setup(trainer, pl_module, stage)
 
 
 class OneBitCLI(LightningCLI):
     """The command line. A checkpoint's hyperparameters are the lowest layer of the configuration."""
 
+    _ckpt_path: str | None = None  # the file behind --ckpt_path
     _step_before: int | None = None  # of the checkpoint that a run goes on from
 
     # Parsing.
@@ -53,7 +67,8 @@ class OneBitCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         given = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "summary": given, "benchmark": given, "export": given, "compare": set()}
+        own = {"summary": given, "benchmark": given, "export": given, "compare": set()}
+        return {name: skipped | {"weights_only"} for name, skipped in {**LightningCLI.subcommands(), **own}.items()}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "compare":
@@ -137,8 +152,38 @@ class OneBitCLI(LightningCLI):
                 raise InputError(f"model.{name} is {given[name]}, but the data have {of_data}: leave it to the data")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        arguments = trainer_arguments(self.config_init[self.config_init["subcommand"]])
+        run = self.config_init[self.config_init["subcommand"]]
+        arguments = trainer_arguments(run)
+        if not arguments["barebones"]:
+            last = BetweenBatches if arguments["enable_checkpointing"] is False else BetweenBatchesAndCheckpoints
+            arguments["callbacks"].append(last())
+        self._find_run(run, arguments)
         return self._instantiate_trainer({**arguments, **kwargs}, [])
+
+    def _find_run(self, run: Namespace, arguments: dict[str, Any]) -> None:
+        """Find the checkpoint to use, and let the logs continue those of its run."""
+        run_dir, loggers = Path(run["run_dir"]).expanduser(), arguments["logger"] or []
+        fitting, path = self.subcommand == "fit", run.get("ckpt_path")
+        if path in ("best", "last"):
+            roots = [Path(logger.root_dir) for logger in loggers if hasattr(logger, "root_dir")]
+            path = find_checkpoint(path, arguments["callbacks"] or [], roots or [run_dir])
+        elif path is None and fitting and SLURMEnvironment.detect():
+            path = requeued_checkpoint(Path(arguments["default_root_dir"] or run_dir))
+        folders: list[Path] = []
+        if path is not None and not is_packed(path):
+            checkpoint = load_checkpoint(str(path))
+            folders = folders_of(Path(path), checkpoint)
+            batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+            first_batch = batches.get("total", {}).get("ready")
+            if fitting:
+                self._step_before = checkpoint.get("global_step")
+            continue_logs(loggers, folders, first_batch if fitting else None)
+        self._ckpt_path = None if path is None else str(path)
+        if self.subcommand == "predict" and run["trainer"]["logger"] is None:
+            arguments["logger"] = False
+        if fitting and not loggers and run["trainer"]["default_root_dir"] is None and not arguments["barebones"]:
+            known = (folder for folder in folders if folder.parent == run_dir.resolve())
+            arguments["default_root_dir"] = str(next(known, None) or next_version(run_dir))
 
     # Running a subcommand.
 
@@ -159,20 +204,21 @@ class OneBitCLI(LightningCLI):
         path = self.trainer.ckpt_path
         went_on = self.trainer.global_step != self._step_before or "val/accuracy" in self.trainer.callback_metrics
         if self._step_before is not None and not went_on:
-            raise InputError(
-                f"{path} has trained for {self.trainer.current_epoch} epochs already: "
-                "set trainer.max_epochs (or max_steps) higher to go on"
+            rank_zero_info(
+                f"{path} has trained for {self.trainer.current_epoch} epochs already: nothing was left to train. "
+                "To go on, set trainer.max_epochs (or max_steps) higher."
             )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand in ("summary", "benchmark"):
             return kwargs
-        path = find_checkpoint(kwargs.get("ckpt_path"), self.trainer)
+        path = self._ckpt_path
         if path is None and subcommand != "fit":
             raise InputError(f"{subcommand} needs trained weights: --ckpt_path with a path, best or last")
         if isinstance(self.model, PackedClassifier):
             return {**kwargs, "ckpt_path": None}  # it has its weights already
-        if path is not None:
-            self._step_before = load_checkpoint(path)["global_step"]
-        return {**kwargs, "ckpt_path": path}
+        if path is not None and is_packed(path):
+            load_checkpoint(path)  # says what can be done with it
+        safely = {} if subcommand == "export" else {"weights_only": True}
+        return {**kwargs, "ckpt_path": path, **safely}

@@ -28,6 +28,7 @@ class OneBitTrainer(Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         output: str = "predictions.csv",
+        weights_only: bool | None = None,
     ) -> None:
         """Predict the label of each image and write a CSV of image, label and probability.
 
@@ -36,9 +37,12 @@ class OneBitTrainer(Trainer):
             datamodule: The images: its test set, or ``ImageFolder``'s ``predict_dir``.
             ckpt_path: The checkpoint to take the weights from: a path, ``best`` or ``last``.
             output: The CSV file to write.
+            weights_only: Whether to read the checkpoint without running code from it.
         """
         self.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
-        super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
+        super().predict(
+            model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False, weights_only=weights_only
+        )
 
     def summary(
         self,
@@ -82,7 +86,7 @@ class OneBitTrainer(Trainer):
         save, ending = EXPORTERS[format]
         path = Path(f"network{ending}" if output is None else output)
         save(model.net, path, describe(model, datamodule))
-        print(f"{path}: {path.stat().st_size:,} bytes")
+        print(f"{path}: {path.stat().st_size:,} bytes" if path.is_file() else f"written to {path}")
 
     def benchmark(
         self,

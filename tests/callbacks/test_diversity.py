@@ -280,9 +280,9 @@ def test_unknown_layers_and_images_are_refused():
         fit(tiny_pcnn(), callbacks=[Diversity("stem")])
     with pytest.raises(InputError, match="image must be below 144, the number of images, but got 144"):
         fit(tiny_pcnn(), callbacks=[Diversity(image=144)])
-    with pytest.raises(ValueError, match="channels must be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="channels must be an integer of at least 1, but got 0"):
         Diversity(channels=0)
-    with pytest.raises(ValueError, match="image must be at least 0, but got -1"):
+    with pytest.raises(ValueError, match="image must be an integer of at least 0, but got -1"):
         Diversity(image=-1)
 
 

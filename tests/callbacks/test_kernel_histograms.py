@@ -206,9 +206,9 @@ def test_no_files_without_one_bit_layers_or_in_fast_dev_run(tmp_path, model, tra
 
 
 def test_wrong_arguments_raise():
-    with pytest.raises(ValueError, match="every_n_epochs must be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="every_n_epochs must be an integer of at least 1, but got 0"):
         KernelHistograms(every_n_epochs=0)
-    with pytest.raises(ValueError, match="bins must be at least 2, but got 1"):
+    with pytest.raises(ValueError, match="bins must be an integer of at least 2, but got 1"):
         KernelHistograms(bins=1)
 
 

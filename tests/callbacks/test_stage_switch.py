@@ -122,8 +122,18 @@ def test_a_full_precision_network_is_left_alone():
 
 
 def test_wrong_arguments_raise():
-    for epoch in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=rf"a share in \(0, 1\) or a positive whole number, but got {epoch}"):
+    for epoch in (0, -1, 1.5, math.nan, math.inf, None, True):
+        with pytest.raises(ValueError, match=f"epoch must be a .*positive.* number, but got {epoch}"):
             StageSwitch(epoch)
-    with pytest.raises(ValueError, match="patience must be at least 1"):
-        StageSwitch(1, patience=0)
+    for patience in (0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"patience must be an integer of at least 1, but got {patience}"):
+            StageSwitch(1, patience=patience)
+
+
+def test_a_run_that_max_steps_ends_before_the_switch_is_refused():
+    """An epoch has four batches, so two updates of two."""
+    model = tiny_pcnn(**PROGRESSIVE, accumulate=2)
+    with pytest.raises(InputError, match=r"StageSwitch at epoch 2, after 4 steps, .* trainer.max_steps is 4"):
+        fit(model, max_epochs=3, max_steps=4, callbacks=[StageSwitch(2)])
+    fit(model, max_epochs=3, max_steps=5, callbacks=[StageSwitch(2)])
+    assert model.stage == "binary"

@@ -1,6 +1,5 @@
 """``--ckpt_path``: finding checkpoints, and which settings win."""
 
-import hashlib
 import os
 import time
 from itertools import product
@@ -15,6 +14,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from pcnn_lightning import PCNN
 from pcnn_lightning.deploy import load_packed
+
+
+def contents_of(folder: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.name.endswith((".ckpt", ".json"))}
 
 
 class MyPCNN(PCNN):
@@ -104,11 +107,13 @@ class TestCheckpoints:
         assert load(trained / "binary.ckpt")["one_bit"]["stage"] == run.cli.model.stage == "binary"
         assert load(trained / "ternary.ckpt")["one_bit"]["stage"] == "ternary"
 
-    def test_last_of_a_second_run_is_the_newest(self, command):
-        command(*FIT, *KEEP)
-        command(*FIT, *KEEP, "--model.eta1=0.01")
-        os.utime("kept/last.ckpt", (time.time() - 60,) * 2)
-        run = command("test", *DIGITS, *TRAINING, *KEEP, "--ckpt_path=last")
+    @pytest.mark.parametrize("word", ["last", "best"])
+    def test_of_the_newest_run_that_has_one(self, command, word):
+        command(*FIT)
+        command(*FIT, "--model.eta1=0.01")
+        os.utime("runs/default/version_0/checkpoints/last.ckpt", (time.time() + 60,) * 2)
+        Path("runs/default/version_2/checkpoints").mkdir(parents=True)  # of a run that ended before its first epoch
+        run = command("test", *DIGITS, *TRAINING, f"--ckpt_path={word}")
         assert load(run.cli.trainer.ckpt_path)["hyper_parameters"]["eta1"] == 0.01
 
     def test_best_when_its_file_is_gone(self, command):
@@ -133,13 +138,18 @@ class TestCheckpoints:
         assert same_weights(run.cli.model, whole.cli.model)
 
     def test_runs_do_not_overwrite_each_other(self, command):
+        command(*FIT)
+        first = contents_of("runs")
+        assert {path.name for path in first} == {"binary.ckpt", "last.ckpt", "stages.json"}
+        assert command(*FIT, "--model.eta1=0.01").code == 0
+        assert {path: content for path, content in contents_of("runs").items() if path in first} == first
+        assert len(contents_of("runs")) == 6
+
+    def test_a_folder_of_another_run_is_refused(self, command):
         command(*FIT, *KEEP)
-        first = {path: hashlib.sha256(path.read_bytes()).digest() for path in Path("kept").glob("*.ckpt")}
-        assert {path.name for path in first} == {"binary.ckpt", "last.ckpt"}
-        assert command(*FIT, *KEEP, "--model.eta1=0.01").code == 0
-        for path, digest in first.items():
-            assert hashlib.sha256(path.read_bytes()).digest() == digest, f"{path} has changed"
-        assert len(list(Path("kept").glob("*.ckpt"))) == 4
+        first = contents_of("kept")
+        command(*FIT, *KEEP).is_refused("kept holds the checkpoints of another run", "dirpath", "ckpt_path")
+        assert contents_of("kept") == first
 
 
 class TestPrecedence:
@@ -214,8 +224,12 @@ class TestPrecedence:
 def test_nothing_left_to_train(command):
     arguments = [*FIT, *KEEP]
     command(*arguments)
+    first = contents_of("kept")
     again = command(*arguments, "--ckpt_path=last")
-    again.is_refused("last.ckpt has trained for 1 epochs already", "max_epochs")
+    assert again.code == 0
+    assert "best val/accuracy" in again.out
+    assert "last.ckpt has trained for 1 epochs already" in again.err
+    assert contents_of("kept") == first
 
 
 def test_a_checkpoint_of_the_other_family_is_refused(command):

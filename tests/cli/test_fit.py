@@ -26,7 +26,7 @@ class TestConfigs:
 
     def test_saved_config_reproduces_the_run(self, command):
         logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name=x"]
-        arguments = [*FIT, *logger, *SWITCH, *KEEP, "--trainer.max_epochs=2", "--seed_everything=3"]
+        arguments = [*FIT, *logger, *SWITCH, "--trainer.max_epochs=2", "--seed_everything=3"]
         first = command(*arguments)
         assert first.code == 0, first.err
         again = command("fit", "--config=runs/x/version_0/config.yaml")

@@ -1,5 +1,6 @@
 """Signals, full disks and requeued jobs."""
 
+import errno
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import DIGITS, FIT, KEEP, TRAINING
+from cli_helpers import DIGITS, FIT, KEEP, TRAINING, load, same_weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pcnn_lightning.checkpoints import AtomicCheckpointIO
@@ -27,6 +28,13 @@ class Signal(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         if trainer.global_step == self.batch:
             signal.raise_signal(self.number)
+
+
+class SignalInSetup(Callback):
+    """Send SIGINT while a run sets itself up."""
+
+    def setup(self, *_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
 
 
 class SignalInTest(Callback):
@@ -59,6 +67,32 @@ def test_an_interrupted_run_resumes_where_it_stopped(command, name, status):
         assert torch.equal(value, whole[key]), key
 
 
+def test_ctrl_c_before_the_first_batch_has_the_status_of_ctrl_c(command):
+    assert command(*FIT, f"--trainer.callbacks+={__name__}.SignalInSetup").code == 130
+    assert not list(Path().rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.0, 0.4, 0.9])
+def test_sigterm_to_one_of_two_processes_ends_both(tmp_path, wait):
+    """Amid a batch, either process may be waiting for the other one's gradients."""
+    command = [sys.executable, "-m", "pcnn_lightning", *FIT, *KEEP, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command += ["--trainer.max_epochs=500", "--data.batch_size=4", "--trainer.log_every_n_steps=5"]
+    with Path(tmp_path, "out").open("w") as out:
+        run = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=out, stderr=out)
+        end = time.monotonic() + 120
+        while not (tmp_path / "kept/last.ckpt").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(wait)
+        run.send_signal(signal.SIGTERM)
+        try:
+            assert run.wait(60) == 143, Path(tmp_path, "out").read_text()
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    assert load(tmp_path / "kept/last.ckpt")["global_step"] > 0
+
+
 def test_an_interrupted_evaluation_leaves_no_checkpoint(command):
     command(*FIT, *KEEP)
     before = {file.name: file.read_bytes() for file in Path("kept").iterdir()}
@@ -76,7 +110,7 @@ def test_ctrl_c_with_workers_leaves_a_checkpoint(tmp_path):
     command += ["--trainer.enable_progress_bar=false"]
     with Path(tmp_path, "out").open("w") as out:
         run = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=out, stderr=out)
-        last = tmp_path / "runs/digits/checkpoints/last.ckpt"
+        last = tmp_path / "runs/digits/version_0/checkpoints/last.ckpt"
         end = time.monotonic() + 120
         while not last.exists() and time.monotonic() < end:
             time.sleep(0.5)
@@ -89,14 +123,40 @@ def test_ctrl_c_with_workers_leaves_a_checkpoint(tmp_path):
     assert torch.load(last, weights_only=True)["global_step"] > 0
 
 
-def test_a_run_requeued_by_slurm_is_resumed(command, monkeypatch):
-    command(*FIT, *KEEP)
-    Path("kept/last.ckpt").rename("hpc_ckpt_1.ckpt")
-    # On SLURM, detected by these variables, Lightning resumes from such a file in default_root_dir.
-    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}.items():
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The environment of a job with one process, and a ``scontrol`` that does nothing."""
+    values = {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train", "JOB_ID": "7"}
+    for name, value in values.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    for name in ("NTASKS_PER_NODE", "NNODES"):  # set if the tests themselves run in a job
+    for name in ("NTASKS_PER_NODE", "NNODES", "ARRAY_JOB_ID"):  # set if the tests themselves run in a job
         monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_a_job_that_slurm_requeues_amid_a_batch_ends_with_the_same_weights(command, slurm, batch):
+    arguments = [*FIT, "--trainer.devices=1", "--trainer.max_epochs=3"]
+    signals = [f"--trainer.callbacks+={__name__}.Signal", "--trainer.callbacks.name=SIGUSR1"]
+    first = command(*arguments, *signals, f"--trainer.callbacks.batch={batch}")  # SLURM would end it after the signal
+    assert first.code == 0, first.err
+    (saved,) = Path("runs").rglob("hpc_ckpt_*.ckpt")
+    assert load(saved)["global_step"] == batch + 1
+    again = command(*arguments)
+    assert again.code == 0, again.err
+    assert Path(str(again.cli.trainer.ckpt_path)).resolve() == saved.resolve()
+    assert [path.name for path in Path("runs/default").iterdir()] == ["version_0"]
+    assert same_weights(first.cli.model, again.cli.model)
+
+
+def test_a_run_requeued_by_slurm_is_resumed(command, slurm):
+    command(*FIT, *KEEP, "--trainer.devices=1")
+    Path("kept/last.ckpt").rename("hpc_ckpt_1.ckpt")
+    shutil.copy("hpc_ckpt_1.ckpt", "hpc_ckpt_0.ckpt")
+    os.utime("hpc_ckpt_0.ckpt", (0, 0))
     flags = ["--trainer.devices=1", f"--trainer.callbacks+={__name__}.FirstStep"]
     run = command(*FIT, "--trainer.max_epochs=2", "--trainer.default_root_dir=.", *flags)
     assert run.code == 0, run.err
@@ -126,12 +186,16 @@ io.save_checkpoint({"weights": torch.ones(1000)}, "last.ckpt")
     assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt"}
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, monkeypatch):
     command(*FIT, *KEEP)
     before = Path("kept/last.ckpt").read_bytes()
-    part = Path("kept/last.ckpt.part")
-    part.symlink_to("/dev/full")
+
+    def full(descriptor: int) -> None:
+        if "last.ckpt" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     run = command(*FIT, *KEEP, "--trainer.max_epochs=2", "--ckpt_path=last")
     run.is_refused("kept/last.ckpt cannot be written", "No space left on device")
     assert Path("kept/last.ckpt").read_bytes() == before
+    assert not list(Path("kept").glob("*.part"))

@@ -22,11 +22,12 @@ def of_kind(run, kind):
 def test_a_run_leaves_logs_checkpoints_and_pictures_in_its_folder(command):
     run = command(*RUN, "--run_dir=runs/one")
     assert run.code == 0, run.err
-    assert {path.name for path in Path("runs/one").iterdir()} == {"version_0", "checkpoints"}
+    assert {path.name for path in Path("runs/one").iterdir()} == {"version_0"}
     logs = {path.name for path in Path("runs/one/version_0").iterdir()}
     assert {"losses.png", "kernels.csv", "flips.csv", "filters.png", "diversity_binary.png", "config.yaml"} <= logs
     assert any(name.startswith("events.out.tfevents") for name in logs)
-    assert {path.name for path in Path("runs/one/checkpoints").iterdir()} == {"binary.ckpt", "last.ckpt", "stages.json"}
+    checkpoints = {path.name for path in Path("runs/one/version_0/checkpoints").iterdir()}
+    assert checkpoints == {"binary.ckpt", "last.ckpt", "stages.json"}
     assert [len(of_kind(run, kind)) for kind in DEFAULTS.values()] == [1] * len(DEFAULTS)
     assert not of_kind(run, StageSwitch)
 
@@ -35,9 +36,9 @@ def test_its_config_repeats_it_elsewhere(command):
     command(*RUN, "--run_dir=runs/one")
     run = command("fit", "--config=runs/one/version_0/config.yaml", "--run_dir=runs/two")
     assert run.code == 0, run.err
-    assert {path.name for path in Path("runs/two/checkpoints").iterdir()} == {"binary.ckpt", "last.ckpt", "stages.json"}
-    one, two = (json.loads(Path(f"runs/{name}/checkpoints/stages.json").read_text()) for name in ("one", "two"))
-    assert one == two
+    one, two = (Path(f"runs/{name}/version_0/checkpoints") for name in ("one", "two"))
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert json.loads((one / "stages.json").read_text()) == json.loads((two / "stages.json").read_text())
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
@@ -58,7 +59,7 @@ def test_each_can_be_changed_by_file_and_flag(command):
     (curves,) = of_kind(run, FilterCurves)
     assert (curves.layer, curves.every_n_steps) == ("features.stage2.0.conv", 3)
     assert [switch.epoch for switch in of_kind(run, StageSwitch)] == [1]
-    names = {path.name for path in Path("runs/default/checkpoints").iterdir()}
+    names = {path.name for path in Path("runs/default/version_0/checkpoints").iterdir()}
     assert names == {"ternary.ckpt", "binary.ckpt", "stages.json"}
 
 
@@ -73,7 +74,7 @@ def test_a_callback_of_the_trainer_replaces_the_default_of_its_class(command):
 def test_logger_and_checkpoints_follow_the_trainer(command):
     run = command(*RUN, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv", "--run_dir=runs/one")
     assert [type(logger) for logger in run.cli.trainer.loggers] == [CSVLogger]
-    assert Path("runs/one/checkpoints/last.ckpt").is_file()
+    assert Path("csv/lightning_logs/version_0/checkpoints/last.ckpt").is_file()
     run = command(*RUN, "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--run_dir=runs/two")
     assert run.code == 0, run.err
     assert not run.cli.trainer.loggers
@@ -92,4 +93,5 @@ def test_testing_finds_the_best_of_the_run_folder(command):
 def test_a_run_without_a_name_goes_to_the_default_folder(command):
     run = command(*FIT)
     assert run.code == 0, run.err
-    assert Path("runs/default/checkpoints/last.ckpt").is_file()
+    assert Path("runs/default/version_0/checkpoints/last.ckpt").is_file()
+    assert not [path for path in Path().iterdir() if path.name != "runs"]

@@ -1,0 +1,112 @@
+"""The folder of a run: a resumed run continues it, and evaluation logs into it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_helpers import DIGITS, FIT, NETWORK, SWITCH, TRAINING, same_weights
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+LOGGED = ["fit", *DIGITS, *NETWORK, *QUIET, *SWITCH, "--data.batch_size=16", "--trainer.max_epochs=4"]
+
+
+class Kill(Callback):
+    """End a run in the middle of its third epoch, without a checkpoint."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == 10:
+            raise KeyboardInterrupt
+
+
+class Nothing(Callback):
+    """In place of ``Kill``."""
+
+
+def scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in ("epoch", "hp_metric")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir() if "tfevents" not in path.name}
+
+
+@pytest.mark.parametrize("logger", [[], ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs"]])
+def test_a_resumed_run_continues_its_folder_and_curves(command, logger):
+    """The run is killed after it has logged more than its checkpoint holds."""
+    log = "--trainer.log_every_n_steps=1"
+    whole = command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Nothing")
+    runs = Path("logs/lightning_logs" if logger else "runs/default")
+    runs.rename("whole")
+    assert command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Kill").code != 0
+    again = command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Nothing", "--ckpt_path=last")
+    assert again.code == 0, again.err
+    assert [path.name for path in runs.iterdir()] == ["version_0"]
+    assert names(f"{runs}/version_0") == names("whole/version_0")
+    assert scalars(f"{runs}/version_0") == scalars("whole/version_0")
+    assert same_weights(again.cli.model, whole.cli.model)
+    for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
+        assert (runs / "version_0" / name).read_text() == Path("whole/version_0", name).read_text(), name
+    table = command("compare", "whole", runs).out.splitlines()[-2:]
+    assert table[0].split()[1:-1] == table[1].split()[1:-1]
+
+
+def test_a_run_killed_after_its_last_checkpoint_gets_its_curves(command):
+    command(*LOGGED)
+    shutil.copytree("runs/default/version_0/checkpoints", "killed/version_0/checkpoints")
+    again = command(*LOGGED, "--run_dir=killed", "--ckpt_path=last")
+    assert again.code == 0, again.err
+    assert "best val/accuracy" in again.out
+    late = {"diversity_ternary.png"}  # drawn before the run was killed
+    assert names("killed/version_0") == names("runs/default/version_0") - late
+    for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
+        assert Path("killed/version_0", name).read_text() == Path("runs/default/version_0", name).read_text(), name
+    curves = scalars("runs/default/version_0")
+    assert {"best/ternary", "best/binary"} <= set(scalars("killed/version_0"))
+    best = {tag: values for tag, values in curves.items() if tag.startswith("best/")}
+    assert best.items() <= scalars("killed/version_0").items()
+
+
+def test_evaluation_logs_into_the_folder_of_the_run(command):
+    command(*LOGGED)
+    before = scalars("runs/default/version_0")
+    tested = command("test", *DIGITS, *NETWORK, *QUIET, "--ckpt_path=best")
+    assert tested.code == 0, tested.err
+    command("predict", *DIGITS, *NETWORK, *QUIET, "--ckpt_path=best")
+    assert names("runs/default") == {"version_0"}
+    after = scalars("runs/default/version_0")
+    assert {tag: values for tag, values in after.items() if not tag.startswith("test/")} == before
+    assert len(after["test/accuracy"]) == 1
+
+
+def test_a_run_that_starts_from_the_checkpoint_of_another_folder_has_its_own(command):
+    command(*LOGGED)
+    path = "runs/default/version_0/checkpoints/ternary.ckpt"
+    run = command(*LOGGED, "--run_dir=runs/other", f"--ckpt_path={path}")
+    assert run.code == 0, run.err
+    assert Path("runs/other/version_0/checkpoints/last.ckpt").is_file()
+    assert names("runs/default") == {"version_0"}
+
+
+def test_a_folder_that_was_moved_is_continued(command):
+    command(*FIT)
+    Path("runs").rename("moved")
+    run = command(*FIT, "--run_dir=moved/default", "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert run.code == 0, run.err
+    assert names("moved/default") == {"version_0"}
+    assert not Path("runs").exists()
+
+
+def test_barebones_adds_nothing(command):
+    flags = ["--trainer.accelerator=cpu", "--trainer.barebones=true", "--trainer.max_steps=1"]
+    run = command("fit", *DIGITS, *NETWORK, *flags)
+    assert run.code == 0, run.err
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_of_a_run_without_logs_is_found(command):
+    command(*FIT)
+    assert command("test", *DIGITS, *TRAINING, "--ckpt_path=last").code == 0
