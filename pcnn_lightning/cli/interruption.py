@@ -26,6 +26,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self._before, self._process = signal.getsignal(signal.SIGINT), os.getpid()
+        self._sigterm_before = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():  # only it receives signals
             signal.signal(signal.SIGINT, self._ask)
         return self
@@ -39,7 +40,7 @@ class Interruption:
         if os.getpid() != self._process or int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):  # training has not begun
+        if signal.getsignal(signal.SIGTERM) == self._sigterm_before:  # Lightning sets its own when training begins
             raise SystemExit(128 + signal.SIGINT)  # Lightning would turn KeyboardInterrupt into status 1
         self.status = 128 + signal.SIGINT
         print("\nEnding after this batch. Ctrl-C again ends at once, without a checkpoint.", file=sys.stderr)

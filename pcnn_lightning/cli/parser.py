@@ -10,7 +10,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from pcnn_lightning import data  # noqa: F401  (lets the parser resolve its classes by their short names)
 from pcnn_lightning.checkpoints import load_checkpoint
@@ -200,13 +200,15 @@ class OneBitCLI(LightningCLI):
         if wanted and hasattr(self.datamodule, "image_shape"):
             print(summary_of(self.model, self.datamodule).table(), end="\n\n")
 
+    @rank_zero_only
     def after_fit(self) -> None:
         path = self.trainer.ckpt_path
         went_on = self.trainer.global_step != self._step_before or "val/accuracy" in self.trainer.callback_metrics
         if self._step_before is not None and not went_on:
-            rank_zero_info(
+            print(
                 f"{path} has trained for {self.trainer.current_epoch} epochs already: nothing was left to train. "
-                "To go on, set trainer.max_epochs (or max_steps) higher."
+                "To go on, set trainer.max_epochs (or max_steps) higher.",
+                file=sys.stderr,
             )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

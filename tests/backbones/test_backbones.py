@@ -167,14 +167,14 @@ def test_wrong_stages_are_refused(name, count, wrong):
         "negative": [-4] + [4] * (count - 1),
         "none": [],
     }[wrong]
-    with pytest.raises(ValueError, match=f"widths must be {count} positive numbers") as error:
+    with pytest.raises(ValueError, match=f"widths must be {count} positive whole numbers") as error:
         build(name, widths=widths)
     assert str(widths) in str(error.value)
 
 
 @pytest.mark.parametrize("argument", ["num_classes", "in_channels"])
 def test_zero_classes_or_channels_are_refused(argument):
-    with pytest.raises(ValueError, match=f"{argument} must be at least 1, but got 0"):
+    with pytest.raises(ValueError, match=f"{argument} must be an integer of at least 1, but got 0"):
         build("wrn7", **{argument: 0})
 
 

@@ -43,7 +43,7 @@ def test_a_description_of_another_network_is_refused(changes):
 
 
 def test_an_impossible_description_is_refused():
-    with pytest.raises(InputError, match="no such network: widths must be 4 positive numbers"):
+    with pytest.raises(InputError, match="no such network: widths must be 4 positive whole numbers"):
         packed_file("PCNN J=4", widths=[4, 4])
 
 

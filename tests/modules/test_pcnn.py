@@ -101,7 +101,7 @@ def test_center_loss_can_start_with_the_binary_stage():
         ({"optimizer": "lamb"}, "optimizer must be one of sgd, adam, but got 'lamb'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be a number in \[0, 1\)"),
         ({"backbone": "wrn23"}, "backbone must be one of .*wrn22.*, but got 'wrn23'"),
-        ({"widths": [4, 4]}, "widths must be 4 positive numbers"),
+        ({"widths": [4, 4]}, "widths must be 4 positive whole numbers"),
         ({"stage": "quaternary"}, "stage must be one of .*ternary"),
         ({"center_loss_weight": -1.0}, "at least 0, but got -1"),
         ({"sigma": 0.0}, "sigma must be a positive number"),
