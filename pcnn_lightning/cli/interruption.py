@@ -61,7 +61,7 @@ class BetweenBatches(Callback):
         self._received: list[int] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._received = []
+        self._handlers, self._received = {}, []
         if threading.current_thread() is not threading.main_thread():
             return
         for number in signal.valid_signals():
