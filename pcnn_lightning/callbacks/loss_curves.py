@@ -19,12 +19,12 @@ class LossCurves(DrawingCallback):
     even if it is interrupted. A resumed run continues its curves.
     """
 
-    recorded = ("epochs",)
+    recorded = ("epochs", "validation")
 
     def begin_anew(self) -> None:
         self.epochs: list[dict[str, Any]] = []
         self._terms: Mapping[str, LossTerm] = {}
-        self._validation: dict[str, float] = {}  # of this epoch; empty without validation
+        self.validation: dict[str, float] = {}  # of this epoch; empty without validation
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -34,13 +34,13 @@ class LossCurves(DrawingCallback):
             writer.add_custom_scalars({"training": {"losses": ["Multiline", [tags]]}})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self._validation}
+        row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self.validation}
         self.epochs.append({**row, **self._logged(trainer, "train")})
-        self._validation = {}
+        self.validation = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._validation = self._logged(trainer, "val")
+            self.validation = self._logged(trainer, "val")
 
     def _logged(self, trainer: Trainer, split: str) -> dict[str, float]:
         metrics = trainer.callback_metrics

@@ -23,8 +23,10 @@ def sign(x: Tensor) -> Tensor:
         >>> sign(torch.tensor([-2.0, -0.0, 0.0, 0.5]))
         tensor([-1.,  1.,  1.,  1.])
     """
-    signs = x.sign().add_(0.5).sign_()  # three vectorized passes; torch.where is ten times slower on a CPU
-    return signs.add_(x.clamp(-1, 1), alpha=0)  # 0 * NaN is NaN
+    # Three vectorized passes; torch.where is ten times slower on a CPU. And 0 * NaN is NaN.
+    if torch.compiler.is_compiling():  # fused; compiled by torch 2.11, in-place operations lose the gradient
+        return (x.sign() + 0.5).sign().add(x.clamp(-1, 1), alpha=0)
+    return x.sign().add_(0.5).sign_().add_(x.clamp(-1, 1), alpha=0)
 
 
 def sign_activation(x: Tensor, gradient: SignGradient = "clip") -> Tensor:

@@ -42,18 +42,19 @@ def test_a_resumed_run_ends_bit_equal(tmp_path, batches, reinit):
 
 
 class Terminate(Callback):
-    """Send SIGTERM, as a cluster does, at the start of a batch."""
+    """Send SIGTERM, as a cluster does, when a hook is called for the n-th time; n counts from 0."""
 
-    def __init__(self, batch):
-        self.batch, self.seen = batch, 0
+    def __init__(self, n, hook="on_train_batch_start"):
+        self.n, self.seen = n, 0
+        setattr(self, hook, self.count)
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.seen == self.batch:
+    def count(self, *arguments):
+        if self.seen == self.n:
             signal.raise_signal(signal.SIGTERM)
         self.seen += 1
 
 
-@pytest.mark.parametrize(("accumulate", "every"), [(1, 4), (3, 4), (3, 2)])  # batches per update and per validation
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 4), (3, 4), (3, 2), (1, 3)])  # batches per update and validation
 @pytest.mark.parametrize("batch", [0, 3, 5, 7, 8, 10, 13, 15])  # 4 per epoch, the switch is at 8
 def test_a_terminated_run_resumes_bit_equal(tmp_path, batch, accumulate, every):
     def run(folder, *more, **arguments):
@@ -74,6 +75,24 @@ def test_a_terminated_run_resumes_bit_equal(tmp_path, batch, accumulate, every):
         assert torch.equal(resumed.state_dict()[name], value), name
     assert second[1].epochs == first[1].epochs
     assert second[2].stages == first[2].stages
+
+
+HOOKS = ["on_validation_start", "on_validation_batch_start", "on_validation_end", "on_train_epoch_end"]
+
+
+@pytest.mark.parametrize("every", [3, 4])  # batches per validation; 4 per epoch
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_run_terminated_outside_of_its_batches_keeps_its_curves(tmp_path, hook, every):
+    def run(folder, *more, **arguments):
+        torch.manual_seed(0)
+        used = [StageSwitch(2), LossCurves(), StageCheckpoint(str(tmp_path / folder))]
+        arguments |= {"max_epochs": 3, "enable_checkpointing": True, "val_check_interval": every}
+        fit(tiny_pcnn(**PROGRESSIVE), callbacks=[*used, *more], **arguments)
+        return used[1].epochs, used[2].stages
+
+    with pytest.raises(SIGTERMException):
+        run("parts", Terminate(1, hook))
+    assert run("parts", ckpt_path=str(tmp_path / "parts" / "last.ckpt")) == run("whole")
 
 
 @pytest.mark.parametrize("steps", [4, 6], ids=["at an epoch's end", "within an epoch"])
