@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -104,6 +105,12 @@ def residual_stages(
     return stages
 
 
+class _Features(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        """A method of ours, since torch 2.11 would compile each layer of an ordinary ``Sequential`` on its own."""
+        return cast(Tensor, super().forward(images))  # type: ignore[no-untyped-call]
+
+
 class Network(nn.Module):
     """A backbone followed by a linear classifier.
 
@@ -115,7 +122,7 @@ class Network(nn.Module):
 
     def __init__(self, features: OrderedDict[str, nn.Module], feature_dim: int, num_classes: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(features)
+        self.features: nn.Sequential = _Features(features)
         self.classifier = nn.Linear(feature_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
