@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
@@ -40,6 +41,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(str(path))
 
 
+def use_atomic_io(trainer: Trainer) -> None:
+    """Let a trainer read and write checkpoints by :class:`AtomicCheckpointIO`, unless another class is set."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint of this package onto the CPU, without running code from it.
 
@@ -50,10 +57,12 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         raise InputError(f"a checkpoint must be a local file, but got {path}: download it first")
     if is_packed(path):
         raise InputError(f"{path} is a packed network: it cannot be trained; test it with the flag --ckpt_path")
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"a checkpoint must be a file, but {path} is none")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
-            if (record := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"{record} is damaged")
+            if (record := archive.testzip()) is not None or any(entry.external_attr for entry in archive.infolist()):
+                raise zipfile.BadZipFile(f"{record or 'the directory'} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None

@@ -3,8 +3,8 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def is_number(value: Any) -> bool:
@@ -50,16 +50,21 @@ def check_path(name: str, value: Any) -> None:
 
 
 def check_given(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Require a value for each argument of ``function`` that is annotated and may not be None."""
+    """Require values of the kinds that the annotations of ``function`` name; numbers and choices are for others."""
     for name, hint in get_type_hints(function).items():
-        if (
-            hint is not Any
-            and values.get(name, ...) is None
-            and NoneType not in get_args(hint)
-            and hint is not NoneType
-        ):
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if name in values and not any(_may_be(values[name], kind) for kind in kinds):
             wanted = getattr(hint, "__name__", None) if not get_args(hint) else str(hint).replace("typing.", "")
-            raise ValueError(f"{name} must be {wanted}, but got None")
+            raise ValueError(f"{name} must be {wanted}, but got {values[name]!r}")
+
+
+def _may_be(value: Any, kind: Any) -> bool:
+    kind = get_origin(kind) or kind
+    if kind in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple))
+    if kind in (bool, str, NoneType):
+        return isinstance(value, kind)
+    return value is not None or kind is Any
 
 
 def pair_of(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:

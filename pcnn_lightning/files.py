@@ -27,6 +27,8 @@ def check_writable(folder: Path) -> None:
 def is_packed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a file that begins as a packed network does: with a length of 8 bytes and JSON."""
     try:
+        if not Path(path).is_file():  # a pipe could not be read a second time
+            return False
         with Path(path).open("rb") as file:
             return file.read(9)[8:] == b"{"
     except OSError:
@@ -54,7 +56,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 def _replace(path: Path, content: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f"{socket.gethostname()}-{os.getpid()}"
-    unfinished = path.with_name(f"{path.name}.{own}-{secrets.token_hex(4)}.part")
+    unfinished = path.with_name(f"{path.name[:40]}.{own}-{secrets.token_hex(4)}.part")  # names have at most 255 bytes
     try:
         with unfinished.open("xb") as file:
             file.write(content)
@@ -71,7 +73,7 @@ def _remove_unfinished(path: Path) -> None:
     """Remove the temporary files that processes of this machine have left when they were killed."""
     if os.name != "posix":  # elsewhere, os.kill would end the process that it is to look for
         return
-    own = re.compile(rf"{re.escape(f'{path.name}.{socket.gethostname()}')}-(\d+)-[0-9a-f]{{8}}\.part")
+    own = re.compile(rf"{re.escape(f'{path.name[:40]}.{socket.gethostname()}')}-(\d+)-[0-9a-f]{{8}}\.part")
     for left in path.parent.iterdir():
         if match := own.fullmatch(left.name):
             try:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from pcnn_lightning.checks import check_path
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
 
@@ -26,6 +27,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self, path: str = "predictions.csv") -> None:
         super().__init__("epoch")
+        check_path("path", path)
         self.path = Path(path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

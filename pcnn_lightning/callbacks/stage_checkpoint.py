@@ -9,12 +9,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pcnn_lightning.checkpoints import AtomicCheckpointIO
-from pcnn_lightning.checks import check_choice
+from pcnn_lightning.checkpoints import use_atomic_io
+from pcnn_lightning.checks import check_bool, check_choice
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
 from pcnn_lightning.stages import STAGES
@@ -61,6 +60,8 @@ class StageCheckpoint(ModelCheckpoint):
         if not isinstance(monitor, str):
             raise ValueError(f"monitor must be the name of a metric, but got {monitor!r}")
         check_choice("mode", mode, ("max", "min"))
+        for name, value in (("save_last", save_last), ("save_weights_only", save_weights_only)):
+            check_bool(name, value)
         super().__init__(dirpath, monitor=monitor, mode=mode, save_last=save_last, save_weights_only=save_weights_only)
         self.stages: dict[str, dict[str, Any]] = {}
         self._loaded: dict[str, Any] | None = None  # of a checkpoint, until the folder is known
@@ -86,8 +87,7 @@ class StageCheckpoint(ModelCheckpoint):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Now rather than at the first checkpoint, an epoch later.
             check_writable(self.folder)
-            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+            use_atomic_io(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaded, self._loaded, self._value, self._is_reported = self._loaded, None, None, False
@@ -113,24 +113,28 @@ class StageCheckpoint(ModelCheckpoint):
             raise InputError(f"StageCheckpoint cannot watch {self.monitor}, which is not logged; there is {known}")
         # That of the first process, so that all of them decide alike.
         value = trainer.strategy.broadcast(float(metrics[self.monitor]))
-        best = self.stages.get(str(pl_module.stage), {}).get("value")
-        if math.isnan(value) or (best is not None and (value <= best if self.mode == "max" else value >= best)):
-            return
-        if trainer.is_last_batch:
-            self._value = value  # the checkpoint is to hold the whole epoch
-        else:
-            self._save_best(trainer, pl_module, value)
+        if self._is_better(value, self.stages.get(str(pl_module.stage), {}).get("value")):
+            if trainer.is_last_batch:
+                self._value = value  # the checkpoint is to hold the whole epoch
+            else:
+                self._save_best(trainer, pl_module, value)
+        if _ends_within_epoch(trainer):
+            self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_saving(trainer):
+        if not self._is_saving(trainer) or _ends_within_epoch(trainer):
             return
         value, self._value = self._value, None
         if value is not None or self.stages.get(str(pl_module.stage), {}).get("value") is None:
             self._save_best(trainer, pl_module, value)
         self._save_last(trainer)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Nothing is saved here, unlike in ModelCheckpoint."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # A run that ends within an epoch may be continued there.
+        if self._is_saving(trainer) and _ends_within_epoch(trainer):
+            if self.stages.get(str(pl_module.stage), {}).get("value") is None:
+                self._save_best(trainer, pl_module, None)
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer, pl_module)
@@ -178,6 +182,9 @@ class StageCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = {name: state_dict[name] for name in ("dirpath", "stages")}
 
+    def _is_better(self, value: float, best: float | None) -> bool:
+        return not math.isnan(value) and (best is None or (value > best if self.mode == "max" else value < best))
+
     def _is_saving(self, trainer: Trainer) -> bool:
         return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
@@ -201,6 +208,13 @@ class StageCheckpoint(ModelCheckpoint):
         best = list(self.stages.values())[-1] if self.stages else {"checkpoint": "", "value": None}
         self.best_model_path = str(self.folder / best["checkpoint"]) if best["checkpoint"] else ""
         self.best_model_score = None if best["value"] is None else torch.tensor(best["value"])
+
+
+def _ends_within_epoch(trainer: Trainer) -> bool:
+    """Whether training ends after this batch, by ``max_steps`` or ``should_stop``, and others of the epoch are left."""
+    loop = trainer.fit_loop
+    ends = loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early)
+    return ends and not trainer.is_last_batch
 
 
 def best_checkpoint(folder: Path) -> Path | None:

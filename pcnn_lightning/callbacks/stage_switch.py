@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pcnn_lightning.checks import check_integer, check_positive
 from pcnn_lightning.errors import InputError
@@ -37,6 +37,8 @@ class StageSwitch(Callback):
             raise ValueError(f"epoch must be a share in (0, 1) or a positive whole number, but got {epoch}")
         if patience is not None:
             check_integer("patience", patience, 1)
+        if not isinstance(monitor, str):
+            raise ValueError(f"monitor must be the name of a metric, but got {monitor!r}")
         self.epoch, self.patience, self.monitor = epoch, patience, monitor
         self.best = float("-inf")
         self.validations_since_best = 0
@@ -83,6 +85,10 @@ class StageSwitch(Callback):
             self.best, self.validations_since_best = value, 0
         else:
             self.validations_since_best += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.stage == "ternary" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(f"the run has ended before StageSwitch at epoch {self.first_binary_epoch}: it is ternary")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "validations_since_best": self.validations_since_best}

@@ -27,7 +27,7 @@ from pcnn_lightning.cli.run_folder import (
 from pcnn_lightning.cli.subcommands import summary_of
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
-from pcnn_lightning.files import is_packed
+from pcnn_lightning.files import is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
 from pcnn_lightning.reports import compare
 
@@ -52,8 +52,11 @@ class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the folder of the logs, if a run that trains has logs."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.loggers and stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if not trainer.loggers or stage != "fit":
+            return
+        folder = Path(str(trainer.log_dir))  # asked for by all processes, of which the first one tells the others
+        if trainer.is_global_zero:
+            write_whole(folder / self.config_filename, self.parser.dump(self.config, skip_none=False).encode())
 
 
 class OneBitCLI(LightningCLI):
@@ -166,7 +169,7 @@ class OneBitCLI(LightningCLI):
         fitting, path = self.subcommand == "fit", run.get("ckpt_path")
         if path in ("best", "last"):
             roots = [Path(logger.root_dir) for logger in loggers if hasattr(logger, "root_dir")]
-            path = find_checkpoint(path, arguments["callbacks"] or [], roots or [run_dir])
+            path = find_checkpoint(path, arguments["callbacks"] or [], roots or [run_dir], to_train=fitting)
         elif path is None and fitting and SLURMEnvironment.detect():
             path = requeued_checkpoint(Path(arguments["default_root_dir"] or run_dir))
         folders: list[Path] = []
@@ -181,9 +184,12 @@ class OneBitCLI(LightningCLI):
         self._ckpt_path = None if path is None else str(path)
         if self.subcommand == "predict" and run["trainer"]["logger"] is None:
             arguments["logger"] = False
-        if fitting and not loggers and run["trainer"]["default_root_dir"] is None and not arguments["barebones"]:
+        if fitting and run["trainer"]["default_root_dir"] is None and not arguments["barebones"]:
             known = (folder for folder in folders if folder.parent == run_dir.resolve())
-            arguments["default_root_dir"] = str(next(known, None) or next_version(run_dir))
+            own = next(known, None) or next_version(run_dir)
+            # With loggers, only for the checkpoint of a job that is requeued, which Lightning would give to any job.
+            if not loggers or SLURMEnvironment.detect():
+                arguments["default_root_dir"] = str(own)
 
     # Running a subcommand.
 

@@ -1,5 +1,8 @@
 """The folders of runs: where ``last`` and ``best`` are, and which folder a resumed run continues."""
 
+import csv
+import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,21 +10,28 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
 from pcnn_lightning.callbacks.stage_checkpoint import LAST, RECORD, best_checkpoint
+from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import write_whole
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in the folder of a run."""
+CONFIG = "config.yaml"
+"""Name of the configuration in the folder of a run that trains."""
 
 
-def find_checkpoint(word: str, callbacks: Sequence[Any], folders: Sequence[Path]) -> Path:
+def find_checkpoint(word: str, callbacks: Sequence[Any], folders: Sequence[Path], to_train: bool = False) -> Path:
     """The checkpoint ``last`` or ``best`` of the newest run that has one.
 
     Args:
         word: ``last`` or ``best``.
         callbacks: the callbacks of the Trainer; a ``dirpath`` that is set is the only place to look in.
         folders: folders that hold runs, ``version_N``.
+        to_train: whether training is to go on from it; a newer run that has none is then not passed over.
 
     Raises:
         InputError: if there is none; Lightning would train from scratch.
@@ -37,6 +47,11 @@ def find_checkpoint(word: str, callbacks: Sequence[Any], folders: Sequence[Path]
             return found
         if found is not None and word == "best":  # the record has outlived its file
             raise InputError(f"--ckpt_path best: {place / RECORD} names {found.name}, which is gone")
+        if to_train and not given and (place.parent / CONFIG).exists():
+            raise InputError(
+                f"--ckpt_path {word}: the newest run, {place.parent}, ended before it saved a checkpoint: "
+                "start it again without --ckpt_path, or name the checkpoint of an earlier run"
+            )
     raise InputError(f"--ckpt_path {word}: there is no such checkpoint in {', '.join(map(str, given or folders))}")
 
 
@@ -53,9 +68,24 @@ def next_version(folder: Path) -> Path:
 
 
 def requeued_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that Lightning has written when SLURM requeued a job; None if there is none."""
-    found = [path for place in (folder, *versions(folder)) for path in place.glob("hpc_ckpt_*.ckpt")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    """The newest checkpoint of this SLURM job, which has been requeued; None if there is none.
+
+    Lightning writes ``hpc_ckpt_N.ckpt`` when SLURM announces the end of the job; if a node fails, there is only
+    ``last.ckpt``.
+
+    Raises:
+        InputError: if Lightning would take the checkpoint of another job from ``folder``.
+    """
+    places = (folder, *versions(folder))
+    saved = [path for place in places for path in place.glob("hpc_ckpt_*.ckpt")]
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        saved += [path for place in places if (path := place / CHECKPOINTS / LAST).is_file()]
+    for path in sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True):
+        if load_checkpoint(str(path))["one_bit"].get("slurm_job") == os.environ.get("SLURM_JOB_ID"):
+            return path
+    for path in folder.glob("hpc_ckpt_*.ckpt"):
+        raise InputError(f"{path} is of another SLURM job: name it with --ckpt_path to go on from it, or remove it")
+    return None
 
 
 def folders_of(path: Path, checkpoint: dict[str, Any]) -> list[Path]:
@@ -83,7 +113,33 @@ def continue_logs(loggers: Sequence[Logger], folders: Sequence[Path], first_batc
                 logger._version = int(match[1])
                 if isinstance(logger, TensorBoardLogger):
                     logger._kwargs["purge_step"] = first_batch
+                else:
+                    _continue_csv(logger, first_batch)
                 break
+
+
+def _continue_csv(logger: CSVLogger, first_batch: int | None) -> None:
+    """Let a logger add to its ``metrics.csv``, which it would begin anew."""
+    path = Path(logger.log_dir) / _Continued.NAME_METRICS_FILE
+    if not path.is_file() or rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows, names = list(reader), list(reader.fieldnames or ())
+    if first_batch is not None:
+        rows = [row for row in rows if int(row["step"]) < first_batch]  # what the run logged before it was killed
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+    logger._experiment = _Continued(logger.log_dir)
+    logger._experiment.metrics_keys = names
+
+
+class _Continued(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        """Nothing is removed, unlike by a new writer."""
 
 
 _VERSION = re.compile(r"version_(\d+)")

@@ -1,6 +1,7 @@
 """Base class of the image data modules."""
 
 import signal
+import zlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -210,6 +211,8 @@ class ImageDataModule(LightningDataModule, ABC):
         drop_last = len(train) // world_size >= self.batch_size
         sampler = EpochSampler(train, self.seed, world_size, rank, drop_last)
         loader = EpochLoader(train, sampler=sampler, drop_last=drop_last, **self._loader_options())
+        if train.labels is not None:
+            loader.checksum = zlib.crc32(train.labels.numpy().tobytes())
         if self.trainer:
             loader.loop = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return loader

@@ -6,6 +6,7 @@ random numbers come from single-use generators.
 
 from collections.abc import Iterator
 from enum import IntEnum
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -98,13 +99,15 @@ class EpochLoader(DataLoader[Any]):
     Lightning saves ``state_dict()`` in checkpoints and passes it to ``load_state_dict`` when it resumes a run.
 
     Raises:
-        InputError: when the first batch is requested of a run resumed within an epoch, if the number of images, the
-            seed or the batch size of all processes together has changed.
+        InputError: when the first batch is requested of a run resumed within an epoch, if the images, the seed or the
+            batch size of all processes together have changed.
     """
 
     loop: Any = None
     """Lightning's progress within the epoch. Resumed after the last batch of an epoch, Lightning carries its count of
     batches over to the next epoch if that has more of them."""
+    checksum = 0
+    """Of the labels, by which other images of the same number are told."""
     _progress = {"epoch": 0, "batches": 0}
     _resumes = False
 
@@ -112,13 +115,14 @@ class EpochLoader(DataLoader[Any]):
         # This is a generator, so it runs only when the first batch is requested. When resuming, Lightning creates the
         # iterator before it calls set_epoch; a plain DataLoader's workers would already have fetched from epoch 0.
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # overfit_batches replaces the sampler
-            yield from super().__iter__()
+        resumes, self._resumes = self._resumes, False
+        if not isinstance(sampler, EpochSampler):  # overfit_batches replaces the sampler by one of a fixed order
+            yield from islice(super().__iter__(), self.loop.ready if resumes and self.loop else 0, None)
             return
-        saved = self._progress if self._resumes else {}
-        self._resumes = False
+        saved = self._progress if resumes else {}
         place = {
             "images": len(sampler.dataset),  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+            "labels": self.checksum,
             "seed": sampler.seed,
             "global_batch": (self.batch_size or 1) * sampler.num_replicas,
         }
@@ -134,8 +138,8 @@ class EpochLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, int]:
         """Return the current epoch, the number of batches it has yielded, and what these batches depend on.
 
-        That is ``images``, the number of images; ``seed``; and ``global_batch``, the batch size of all processes
-        together. They are missing before the first batch.
+        That is ``images``, the number of images; ``labels``, their checksum; ``seed``; and ``global_batch``, the batch
+        size of all processes together. They are missing before the first batch.
         """
         return dict(self._progress)
 
@@ -146,12 +150,18 @@ class EpochLoader(DataLoader[Any]):
 
 
 def _require_same(saved: dict[str, int], place: dict[str, int]) -> None:
-    names = {"images": "the number of training images", "seed": "seed", "global_batch": "batch_size × processes"}
+    names = {
+        "images": "the number of training images",
+        "seed": "seed",
+        "global_batch": "batch_size × processes",
+    }
     changes = [
-        f"{names[key]} must be {saved[key]}, but got {now}"
-        for key, now in place.items()
-        if saved.get(key, now) != now  # older checkpoints do not have it
+        f"{name} must be {saved[key]}, but got {place[key]}"
+        for key, name in names.items()
+        if saved.get(key, place[key]) != place[key]  # older checkpoints do not have it
     ]
+    if not changes and saved.get("labels", place["labels"]) != place["labels"]:
+        changes = ["the training images must be the same, but these have other labels"]
     if changes:
         raise InputError(
             f"To resume within epoch {saved['epoch']}, {', and '.join(changes)}: "

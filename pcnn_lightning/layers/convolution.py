@@ -159,7 +159,7 @@ class QuantizedConv2d(Convolution2d):
                 f"this layer has in_channels={self.in_channels}"
             )
         kernels, loss = self.quantize()
-        if self.training and torch.is_grad_enabled() and not _within_backward():
+        if torch.is_grad_enabled() and not _within_backward():
             # Kept for quantization_loss(): its gradient may need what flows back through these very kernels.
             self._loss_of_forward = (loss, self._own_parameters())
         if self.training or not self.convolves_signs:
@@ -176,7 +176,7 @@ class QuantizedConv2d(Convolution2d):
     def quantization_loss(self) -> Tensor | None:
         """The weighted loss of quantizing the kernels (3.42 or 3.18): a scalar, at least float32; None without one.
 
-        After a forward pass in training mode it belongs to that pass, and is handed out once. Otherwise it is
+        After a forward pass that records gradients it belongs to that pass, and is handed out once. Otherwise it is
         computed from the current parameters.
         """
         if self._loss_of_forward is None or not torch.is_grad_enabled():

@@ -117,7 +117,7 @@ class QuantizationLoss(LossTerm):
         self._in_evaluation: Tensor | None = None
 
     def value(self, outputs: Outputs, batches: int = 1) -> Tensor:
-        if not self.training and self._in_evaluation is not None:
+        if not self.training and self._in_evaluation is not None and not torch.is_grad_enabled():
             return self._in_evaluation
         return self._sum(outputs.layers)
 

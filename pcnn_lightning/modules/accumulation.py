@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,12 +14,19 @@ from pcnn_lightning.errors import InputError
 from pcnn_lightning.losses import LossTerm
 
 
-def check_accumulation(accumulate: int, batches: float, terms: Mapping[str, LossTerm]) -> None:
-    """Refuse what cannot be accumulated over an epoch of ``batches``.
+def check_accumulation(accumulate: int, trainer: Trainer, terms: Mapping[str, LossTerm]) -> None:
+    """Refuse what cannot be accumulated over an epoch.
 
     Raises:
-        InputError: if the length is unknown and a term is a sum, which cannot be weighted before the update is over.
+        InputError: if the length of the data is unknown, and a term is a sum, which cannot be weighted before the
+            update is over, or ``limit_train_batches`` keeps the trainer from seeing the end.
     """
+    batches = trainer.num_training_batches
+    if accumulate > 1 and math.isfinite(batches) and sized_len(trainer.train_dataloader) is None:
+        raise InputError(
+            f"accumulate must be 1 for data of unknown length with limit_train_batches={batches}, but got "
+            f"{accumulate}: leave out the limit, with which the end of an epoch is not seen in time"
+        )
     if accumulate > 1 and math.isinf(batches):
         for name in (name for name, term in terms.items() if term.sums_over_update):
             raise InputError(

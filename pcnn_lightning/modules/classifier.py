@@ -1,17 +1,19 @@
 """The training loop of every family of 1-bit classifiers."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
 
 from pcnn_lightning.backbones import build_backbone
-from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint
+from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint, use_atomic_io
 from pcnn_lightning.checks import check_choice, check_given, check_integer, check_number, check_positive
 from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
@@ -24,6 +26,7 @@ from pcnn_lightning.modules.optimization import (
     begin_optimization,
     group_settings,
     make_optimizer,
+    run_epochs,
     set_rates,
 )
 from pcnn_lightning.modules.refusals import check_trainer
@@ -240,6 +243,7 @@ class OneBitClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
+        use_atomic_io(self.trainer)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._init_from = None  # what is loaded now is not to be replaced when training starts
@@ -273,8 +277,12 @@ class OneBitClassifier(LightningModule):
     def on_train_start(self) -> None:
         leave_finished_epoch(self.trainer)
         begin_optimization(self._optimizer(), self.groups, self, self.trainer)
-        check_accumulation(self.hparams["accumulate"], self.trainer.num_training_batches, self.terms)
+        check_accumulation(self.hparams["accumulate"], self.trainer, self.terms)
+        self._terms.train()  # a network may be fine-tuned in evaluation mode, but not its loss
         self.stage_start = min(self.stage_start, self.current_epoch)  # a loaded network may begin a new run
+        for name, term in self.terms.items():
+            if not self.has_begun(term) and self._never_begins(term):
+                rank_zero_warn(f"{name} takes no part: it begins at {term.start}, which this run does not reach")
         split_updates = self.hparams["accumulate"] > 1 or self.trainer.world_size > 1
         for layer in self.one_bit_layers.values():
             layer.begin_training(split_updates)
@@ -335,6 +343,11 @@ class OneBitClassifier(LightningModule):
             return self.current_epoch >= term.start
         stages = self.trained_stages
         return term.start not in stages or stages.index(self.stage) >= stages.index(term.start)
+
+    def _never_begins(self, term: LossTerm) -> bool:
+        if isinstance(term.start, int):
+            return term.start >= run_epochs(self, self.trainer)
+        return self.stage_end is None  # no callback is to change the stage
 
     def step(self) -> None:
         """Step the optimizer with the gradients of an update."""
@@ -443,6 +456,17 @@ class OneBitClassifier(LightningModule):
         checkpoint["random_state"] = random_state(self.trainer)
         if self._within_update:
             checkpoint["pending"] = pending_update(self)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as Lightning does, from a file that is checked first.
+
+        Raises:
+            InputError: if it is damaged or not written by pcnn_lightning.
+        """
+        if isinstance(checkpoint_path, (str, os.PathLike)):
+            load_checkpoint(str(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING

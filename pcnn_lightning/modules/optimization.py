@@ -108,8 +108,9 @@ def set_rates(
     optimizer: Optimizer, settings: Sequence[GroupSettings], module: StagedModule, trainer: Trainer, update: int
 ) -> None:
     """Set the learning rates for an update of the current epoch."""
-    step = 1 / updates_per_epoch(module, trainer)
-    epoch = trainer.current_epoch - module.stage_start + update * step
+    updates = updates_per_epoch(module, trainer)
+    epoch = trainer.current_epoch - module.stage_start + update / updates
+    step = 1.0 if math.isinf(updates) else 1 / updates  # of unknown length, an epoch has one rate
     for group, one in zip(optimizer.param_groups, settings, strict=False):
         group["lr"] = one.rate.at(epoch, stage_epochs(module, trainer), step)
 

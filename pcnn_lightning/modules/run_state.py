@@ -1,5 +1,6 @@
 """What a checkpoint holds of a run beside weights and optimizer, so that the run can go on bit for bit."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from pcnn_lightning.checkpoints import check_same_tensors
@@ -44,6 +46,7 @@ def save_run(module: ResumableModule) -> dict[str, Any]:
         "optimizer": module.hparams["optimizer"],
         "train_means": module.train_means.sums(module.trainer.strategy),
         "log_dirs": [str(Path(folder).resolve()) for folder in log_dirs if folder],
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
@@ -72,15 +75,30 @@ def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool
             "start a new run with init_from"
         )
     before, now = checkpoint["hyper_parameters"].get("accumulate"), module.hparams["accumulate"]
-    if "pending" in checkpoint and before != now:
-        raise InputError(
-            f"the checkpoint is within an update of {before} batches: accumulate must be {before}, but got {now}"
-        )
+    if _is_within_epoch(checkpoint) and before != now:
+        raise InputError(f"the checkpoint is within an epoch: accumulate must be {before}, but got {now}")
     if (optimizer := saved.get("optimizer")) != (wanted := module.hparams["optimizer"]):
         raise InputError(
             f"the checkpoint has the state of optimizer {optimizer}, which {wanted} cannot go on from: "
             "name the same one, or start a new run with init_from"
         )
+    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
+    held, given = (" ".join(keys) for keys in (checkpoint["callbacks"], [one.state_key for one in callbacks]))
+    if saved["stage"] == "ternary" and "StageSwitch" in held and "StageSwitch" not in given:
+        raise InputError(
+            "the checkpoint is of a run that goes from ternary to binary: give it its stage_switch again, "
+            "or start a new run with init_from"
+        )
+    if "current_model_state" in checkpoint and not any(isinstance(one, WeightAveraging) for one in callbacks):
+        raise InputError(
+            "the checkpoint is of a run with averaged weights: give trainer.callbacks its WeightAveraging again, "
+            "or start a new run with init_from"
+        )
+
+
+def _is_within_epoch(checkpoint: dict[str, Any]) -> bool:
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return bool(epochs["started"] > epochs["processed"])
 
 
 def pending_update(module: ResumableModule) -> Pending:

@@ -244,7 +244,7 @@ def test_sanity_check_does_not_change_the_record(tmp_path):
         fit(
             tiny_pcnn(**PROGRESSIVE),
             max_epochs=2,
-            callbacks=[StageCheckpoint(str(tmp_path / "kept")), Stop(4)],
+            callbacks=[StageSwitch(1), StageCheckpoint(str(tmp_path / "kept")), Stop(4)],
             enable_checkpointing=True,
             num_sanity_val_steps=1,
             ckpt_path=str(tmp_path / "kept" / "ternary.ckpt"),

@@ -84,6 +84,16 @@ def test_a_plateau_switches_early():
     assert record.stages == ["ternary"] * 3 + ["binary"] * 3
 
 
+def test_a_run_that_ends_before_the_switch_says_so():
+    with pytest.warns(UserWarning, match="has ended before StageSwitch at epoch 3: it is ternary"):
+        fit(tiny_pcnn(stage="ternary"), max_epochs=4, callbacks=[StageSwitch(3), Halt()])
+
+
+class Halt(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
 def test_best_checkpoint_is_binary_even_if_a_ternary_epoch_was_better(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, monitor="val/declining", mode="max", filename="{epoch}")
     stopping = EarlyStopping("val/declining", mode="max", patience=2)

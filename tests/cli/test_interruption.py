@@ -165,6 +165,31 @@ def test_a_run_requeued_by_slurm_is_resumed(command, slurm):
     assert run.cli.trainer.global_step == 4
 
 
+def test_a_job_is_not_given_the_checkpoint_of_another_job(command, slurm, monkeypatch):
+    arguments = [*FIT, "--trainer.devices=1", "--trainer.max_epochs=3"]
+    command(*arguments, f"--trainer.callbacks+={__name__}.Signal", "--trainer.callbacks.name=SIGUSR1")
+    (saved,) = Path("runs").rglob("hpc_ckpt_*.ckpt")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    other = command(*arguments)
+    assert other.code == 0, other.err
+    assert other.cli.trainer.ckpt_path is None
+    assert {path.name for path in Path("runs/default").iterdir()} == {"version_0", "version_1"}
+    shutil.copy(saved, "hpc_ckpt_1.ckpt")
+    refused = command(*arguments, "--trainer.default_root_dir=.")
+    refused.is_refused("hpc_ckpt_1.ckpt is of another SLURM job: name it with --ckpt_path")
+
+
+def test_a_job_whose_node_failed_goes_on_from_its_last_epoch(command, slurm, monkeypatch):
+    arguments = [*FIT, "--trainer.devices=1"]
+    assert command(*arguments).code == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert command(*arguments).code == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = command(*arguments, "--trainer.max_epochs=2")
+    assert Path(str(again.cli.trainer.ckpt_path)).parts[-3:] == ("version_0", "checkpoints", "last.ckpt")
+
+
 def test_kill_9_during_a_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     """The process dies with half of the new file written."""
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """The folder of a run: a resumed run continues it, and evaluation logs into it."""
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,35 @@ def test_evaluation_logs_into_the_folder_of_the_run(command):
     after = scalars("runs/default/version_0")
     assert {tag: values for tag, values in after.items() if not tag.startswith("test/")} == before
     assert len(after["test/accuracy"]) == 1
+
+
+def test_a_csv_log_is_continued_by_a_resumed_run_and_by_a_test(command):
+    def rows():
+        with Path("logs/lightning_logs/version_0/metrics.csv").open(newline="") as file:
+            return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+    log = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.log_every_n_steps=1"]
+    command(*LOGGED, *log, f"--trainer.callbacks+={__name__}.Nothing")
+    whole = rows()
+    shutil.rmtree("logs")
+    command(*LOGGED, *log, f"--trainer.callbacks+={__name__}.Kill")
+    again = command(*LOGGED, *log, f"--trainer.callbacks+={__name__}.Nothing", "--ckpt_path=last")
+    assert again.code == 0, again.err
+    assert rows() == whole
+    tested = command("test", *DIGITS, *NETWORK, *QUIET, *log[:2], "--ckpt_path=best")
+    assert tested.code == 0, tested.err
+    assert rows()[:-1] == whole
+    assert "test/accuracy" in rows()[-1]
+
+
+def test_a_run_that_saved_nothing_is_not_passed_over(command):
+    command(*LOGGED)
+    (Path("runs/default/version_1") / "checkpoints").mkdir(parents=True)
+    again = [*LOGGED, "--trainer.max_epochs=5", "--ckpt_path=last"]
+    assert command(*again).code == 0  # a folder in which nothing was trained
+    shutil.copy("runs/default/version_0/config.yaml", "runs/default/version_1")
+    command(*again).is_refused("--ckpt_path last: the newest run, ", "version_1, ended before it saved a checkpoint")
+    assert command("test", *DIGITS, *NETWORK, *QUIET, "--ckpt_path=last").code == 0
 
 
 def test_a_run_that_starts_from_the_checkpoint_of_another_folder_has_its_own(command):

@@ -155,7 +155,7 @@ def test_an_interrupted_epoch_is_taken_up_where_it_stopped(num_workers):
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert_same(epoch_of(resumed, 1), whole[1][2:])
-    assert resumed.state_dict() == {"epoch": 1, "batches": 5, "images": 20, "seed": 0, "global_batch": 4}
+    assert resumed.state_dict() == {"epoch": 1, "batches": 5, "images": 20, "labels": 0, "seed": 0, "global_batch": 4}
     assert_same(epoch_of(resumed, 1), whole[1])  # only once
     assert_same(epoch_of(resumed, 2), whole[2])
 

@@ -83,6 +83,7 @@ LAYERS = {
     "plain, no scale": lambda: Plain(3, 8, 3, scaling="none"),
     "projection": lambda: ProjectionConv2d(3, 8, 3, projections=4),
     "projection, ternary": lambda: ProjectionConv2d(3, 8, 3, projections=4, stage="ternary"),
+    "projection, η": lambda: ProjectionConv2d(3, 8, 3, projections=4, projection_loss_weight=0.1, eta=0.5),
     "modulated": lambda: ModulatedConv2d(3, 8, 3, planes=4),
 }
 
@@ -94,7 +95,10 @@ def test_evaluation_mode_has_the_gradient_of_training_mode(name):
     layer, x, gradients = LAYERS[name]().double(), torch.randn(2, 3, 6, 5).double(), []
     for mode in (True, False):
         layer.train(mode).zero_grad()
-        layer(x).square().sum().backward()
+        loss = layer(x).square().mean()
+        if layer.loss_name is not None:
+            loss = loss + layer.quantization_loss()
+        loss.backward()
         gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])

@@ -105,15 +105,39 @@ def test_a_taken_name_is_refused(name):
         tiny_pcnn().add_term(name, Counter())
 
 
+def test_the_loss_trains_a_network_that_is_in_evaluation_mode():
+    """As for fine-tuning with frozen batch norms; Lightning leaves the modes as they are."""
+
+    def train(weight, part):
+        torch.manual_seed(0)
+        model = tiny_pcnn(projection_loss_weight=weight, center_loss_weight=1e-3, label_smoothing=0.1)
+        (model if part == "model" else model.net).eval()
+        fit(model, max_epochs=2)
+        return model.state_dict()
+
+    weak, strong = train(0.0, "model"), train(0.1, "model")
+    kernels = [name for name in weak if name.endswith("conv.weight")]
+    assert kernels
+    assert not any(torch.equal(weak[name], strong[name]) for name in kernels)
+    alone = train(0.1, "net")
+    assert all(torch.equal(alone[name], value) for name, value in strong.items())
+    assert (strong["_terms.center_loss.centers"] != 0).any()
+
+
+def test_a_term_that_never_begins_is_said():
+    for arguments, place in (({"center_loss_start": 5}, "5"), ({"center_loss_start": "binary"}, "binary")):
+        with pytest.warns(UserWarning, match=f"center_loss takes no part: it begins at {place}, which this run"):
+            fit(tiny_pcnn(stage="ternary", center_loss_weight=1e-3, **arguments), max_epochs=2)
+
+
+@torch.no_grad()
 def test_evaluation_after_a_change_of_weights_has_a_fresh_quantization_loss():
     model = tiny_pcnn()
     layers = list(model.one_bit_layers.values())
     term = model.terms["projection_loss"].eval()
     term.begin_evaluation(layers)
     before = term.value(Outputs(None, None, None, layers))
-    assert not before.requires_grad
     model.train()
-    with torch.no_grad():
-        layers[0].weight *= 3
+    layers[0].weight *= 3
     model.eval()
     assert term.value(Outputs(None, None, None, layers)) > before

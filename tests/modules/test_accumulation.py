@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from tiny import fit, frozen_norm, tiny_digits, tiny_pcnn, tiny_trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -89,6 +90,22 @@ def test_data_of_unknown_length_make_the_updates_of_known_data(accumulate, updat
     unknown, known = run(Stream()), run(seven_batches())
     for name, value in known.items():
         torch.testing.assert_close(unknown[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_limit_that_hides_the_end_of_an_epoch_is_refused():
+    with pytest.raises(InputError, match="accumulate must be 1 for data of unknown length with limit_train_batches=9"):
+        tiny_trainer(limit_train_batches=9).fit(tiny_pcnn(accumulate=4), DataLoader(Stream(), batch_size=None))
+
+
+def test_warm_up_over_data_of_unknown_length_has_one_rate_an_epoch():
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    trainer = tiny_trainer(max_epochs=3, callbacks=[Rates()])
+    trainer.fit(tiny_pcnn(eta1=0.1, warmup_epochs=2).double(), DataLoader(Stream(), batch_size=None))
+    assert rates == [0.05] * 7 + [0.1] * 14
 
 
 def test_center_loss_cannot_be_accumulated_over_data_of_unknown_length():

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import fit, tiny_digits, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import StageSwitch
 from pcnn_lightning.errors import InputError
@@ -23,6 +23,24 @@ def test_compiled_training_equals_eager_training():
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiny", [tiny_pcnn, tiny_mcn])
+def test_compiled_gradients_equal_eager_ones_on_a_gpu(tiny):
+    def gradients(compile):
+        torch.manual_seed(0)
+        model = tiny().cuda()
+        model.prepare_features(compile=compile, channels_last=True)
+        images, labels = torch.randn(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda")
+        losses, _ = model.losses(images, labels)
+        sum(losses.values()).backward()
+        return {name: one.grad for name, one in model.named_parameters()}
+
+    eager, compiled = gradients(False), gradients(True)
+    assert all(gradient.abs().max() > 0 for gradient in eager.values())
+    for name, gradient in eager.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_a_run_compiles_once_a_stage(monkeypatch):

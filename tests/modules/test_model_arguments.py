@@ -24,6 +24,13 @@ NUMBERS = {
     *("eta2", "projection_decay", "projection_warmup_epochs", "projection_weight_decay"),
     *("projections", "sigma", "projection_loss_weight", "eta", "planes", "levels", "scale", "filter_loss_weight"),
 }
+SWITCHES = ("full_precision", "nesterov", "compile", "channels_last", "reinit_projection", "average", "binarize")
+OTHERS = {
+    **dict.fromkeys(SWITCHES, "bool"),
+    "init_from": "str",
+    "widths": r"list\[int\]",
+    "milestones": r"list\[float\]",
+}
 NO_NUMBERS = [math.nan, math.inf, -math.inf, True, False, "0.5"]
 
 
@@ -57,6 +64,13 @@ def test_an_argument_that_may_not_be_none_is_refused_by_name(model, name):
 def test_what_is_no_number_is_refused_by_name(model, name):
     for value in NO_NUMBERS:
         with pytest.raises(ValueError, match=rf"\b{name}\b.* must be .*, but got {value!r}"):
+            MODELS[model](**{name: value})
+
+
+@pytest.mark.parametrize(("model", "name"), [pair for pair in ARGUMENTS if pair[1] in OTHERS])
+def test_what_is_of_another_kind_is_refused_by_name(model, name):
+    for value in (math.nan, 1, 0.5, {"x"}):
+        with pytest.raises(ValueError, match=rf"^{name} must be {OTHERS[name]}.*, but got {value!r}"):
             MODELS[model](**{name: value})
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import PROGRESSIVE, Save, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
+from pcnn_lightning.errors import InputError
 
 
 @pytest.mark.parametrize("reinit", [False, True])
@@ -75,6 +76,63 @@ def test_a_terminated_run_resumes_bit_equal(tmp_path, batch, accumulate, every):
         assert torch.equal(resumed.state_dict()[name], value), name
     assert second[1].epochs == first[1].epochs
     assert second[2].stages == first[2].stages
+
+
+class End(Callback):
+    """Ask for the end of a run, as ``max_time`` and EarlyStopping do, in its n-th batch."""
+
+    def __init__(self, n):
+        self.n, self.seen = n, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen += 1
+        trainer.should_stop = self.seen == self.n
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"max_steps": 6}, {"max_steps": 12}), ({"stop": 6}, {}), ({"stop": 9}, {}), ({"overfit_batches": 3}, {})],
+    ids=["max_steps", "should_stop", "should_stop in the next epoch", "overfit_batches"],
+)
+@pytest.mark.parametrize("every", [3, 4])  # batches per validation; 4 per epoch
+def test_a_run_that_ended_within_an_epoch_goes_on_there(tmp_path, before, after, every):
+    def run(folder, stop=None, terminate=None, **arguments):
+        torch.manual_seed(0)
+        model, used = tiny_pcnn(), [LossCurves(), StageCheckpoint(str(tmp_path / folder))]
+        more = [End(stop)] if stop else [Terminate(terminate)] if terminate else []
+        every_batches = {"val_check_interval": min(every, arguments.get("overfit_batches", 4))}
+        arguments = {"max_epochs": 3, "enable_checkpointing": True, **every_batches, **arguments}
+        fit(model, callbacks=[*used, *more], **arguments)
+        return model.state_dict(), used[0].epochs
+
+    if "overfit_batches" in before:
+        after = before
+        with pytest.raises(SIGTERMException):
+            run("parts", terminate=4, **before)
+    else:
+        run("parts", **before)
+    weights, curves = run("parts", ckpt_path=str(tmp_path / "parts" / "last.ckpt"), **after)
+    expected_weights, expected_curves = run("whole", **after)
+    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+    assert curves == expected_curves
+
+
+def test_a_run_is_not_continued_without_what_it_was_trained_with(tmp_path):
+    def run(*callbacks, accumulate=1, **arguments):
+        model = tiny_pcnn(stage="ternary", accumulate=accumulate)
+        used = [StageCheckpoint(str(tmp_path)), *callbacks]
+        fit(model, callbacks=used, max_epochs=4, enable_checkpointing=True, **arguments)
+
+    last, average = str(tmp_path / "last.ckpt"), EMAWeightAveraging
+    with pytest.raises(SIGTERMException):
+        run(StageSwitch(2), average(), Terminate(1))
+    with pytest.raises(InputError, match="goes from ternary to binary: give it its stage_switch again"):
+        run(average(), ckpt_path=last)
+    with pytest.raises(InputError, match=r"with averaged weights: give trainer\.callbacks its WeightAveraging again"):
+        run(StageSwitch(2), ckpt_path=last)
+    with pytest.raises(InputError, match="within an epoch: accumulate must be 1, but got 2"):
+        run(StageSwitch(2), average(), ckpt_path=last, accumulate=2)
+    run(StageSwitch(3), average(), ckpt_path=last)
 
 
 HOOKS = ["on_validation_start", "on_validation_batch_start", "on_validation_end", "on_train_epoch_end"]
