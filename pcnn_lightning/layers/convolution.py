@@ -159,7 +159,7 @@ class QuantizedConv2d(Convolution2d):
                 f"this layer has in_channels={self.in_channels}"
             )
         kernels, loss = self.quantize()
-        if torch.is_grad_enabled() and not _within_backward():
+        if (self.training or self.couples_gradients) and torch.is_grad_enabled() and not _within_backward():
             # Kept for quantization_loss(): its gradient may need what flows back through these very kernels.
             self._loss_of_forward = (loss, self._own_parameters())
         if self.training or not self.convolves_signs:
@@ -167,6 +167,11 @@ class QuantizedConv2d(Convolution2d):
         # Sums of signs are whole numbers, exact in any order, so that every runtime gets the same bits.
         scale = self._scale_of(kernels)
         return self.convolve(x, kernels / scale) * scale[:, 0]
+
+    @property
+    def couples_gradients(self) -> bool:
+        """Whether the gradient of the quantization loss depends on what flows back through the kernels of its pass."""
+        return False
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
@@ -176,8 +181,8 @@ class QuantizedConv2d(Convolution2d):
     def quantization_loss(self) -> Tensor | None:
         """The weighted loss of quantizing the kernels (3.42 or 3.18): a scalar, at least float32; None without one.
 
-        After a forward pass that records gradients it belongs to that pass, and is handed out once. Otherwise it is
-        computed from the current parameters.
+        After a forward pass in training mode, or one that couples gradients, it belongs to that pass and is handed out
+        once. Otherwise it is computed from the current parameters.
         """
         if self._loss_of_forward is None or not torch.is_grad_enabled():
             return self.quantize()[1]

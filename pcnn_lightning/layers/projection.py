@@ -125,6 +125,11 @@ class ProjectionConv2d(QuantizedConv2d):
         self.projection.copy_(drawn.to(dtype))
         self.forget_forward()
 
+    @property
+    def couples_gradients(self) -> bool:
+        """True with η, since δ in the quantization loss is the gradient of the pass's kernels."""
+        return self.eta > 0
+
     def quantize(self) -> tuple[Tensor, Tensor]:
         return project(
             self.weight,

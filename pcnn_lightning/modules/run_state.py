@@ -97,8 +97,9 @@ def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool
 
 
 def _is_within_epoch(checkpoint: dict[str, Any]) -> bool:
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    return bool(epochs["started"] > epochs["processed"])
+    progress = checkpoint["loops"]["fit_loop"]
+    epochs = progress["epoch_progress"]["current"]
+    return bool(epochs["started"] > epochs["processed"]) and not progress["epoch_loop.batch_progress"]["is_last_batch"]
 
 
 def pending_update(module: ResumableModule) -> Pending:

@@ -185,7 +185,7 @@ def test_accumulate_cannot_change_within_an_update(tmp_path):
             trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
 
     fit(tiny_pcnn(accumulate=2), callbacks=[Keep()])
-    with pytest.raises(InputError, match="within an update of 2 batches: accumulate must be 2, but got 3"):
+    with pytest.raises(InputError, match="within an epoch: accumulate must be 2, but got 3"):
         fit(tiny_pcnn(accumulate=3), ckpt_path=str(tmp_path / "0.ckpt"))
     assert fit(tiny_pcnn(accumulate=3), ckpt_path=str(tmp_path / "3.ckpt"), max_epochs=2).global_step == 2 + 2
 
