@@ -9,18 +9,50 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from pcnn_lightning.callbacks import PredictionWriter
 from pcnn_lightning.checkpoints import load_checkpoint
-from pcnn_lightning.deploy import save_onnx, save_packed, save_torch
+from pcnn_lightning.deploy import save_c, save_onnx, save_openvino, save_packed, save_torch
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.modules import OneBitClassifier, describe
+from pcnn_lightning.modules.packed import in_openvino
 from pcnn_lightning.reports import NetworkSummary, summarize
 from pcnn_lightning.reports.benchmark import Setting, benchmark_inference, benchmark_layer, benchmark_training
 
-EXPORTERS = {"packed": (save_packed, ".safetensors"), "onnx": (save_onnx, ".onnx"), "torch": (save_torch, ".pt2")}
-"""The function that writes each format of ``export``, and the suffix of its files."""
+Format = Literal["packed", "openvino", "c", "onnx", "torch"]
+Runtime = Literal["torch", "openvino"]
+EXPORTERS = {
+    "packed": (save_packed, [".safetensors"]),
+    "openvino": (save_openvino, [".xml", ".bin"]),
+    "c": (save_c, [".c", ".h"]),
+    "onnx": (save_onnx, [".onnx"]),
+    "torch": (save_torch, [".pt2"]),
+}
+"""The function that writes each format of ``export``, and the suffixes of its files."""
 
 
 class OneBitTrainer(Trainer):
     """Lightning's Trainer with a method for each subcommand."""
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        runtime: Runtime = "torch",
+        verbose: bool = True,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure the loss and the accuracy on the test images.
+
+        Args:
+            model: The model to test.
+            datamodule: The images.
+            ckpt_path: The checkpoint to take the weights from: a path, ``best`` or ``last``.
+            runtime: What computes the network: ``torch``, or ``openvino``, which takes the frozen network.
+            verbose: Whether to print the results.
+            weights_only: Whether to read the checkpoint without running code from it.
+        """
+        if runtime == "openvino":
+            model, ckpt_path = self._in_openvino(model, datamodule, ckpt_path), None
+        super().test(model, None, ckpt_path, verbose, datamodule, weights_only)
 
     def predict(  # type: ignore[override]
         self,
@@ -28,6 +60,7 @@ class OneBitTrainer(Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         output: str = "predictions.csv",
+        runtime: Runtime = "torch",
         weights_only: bool | None = None,
     ) -> None:
         """Predict the label of each image and write a CSV of image, label and probability.
@@ -37,12 +70,22 @@ class OneBitTrainer(Trainer):
             datamodule: The images: its test set, or ``ImageFolder``'s ``predict_dir``.
             ckpt_path: The checkpoint to take the weights from: a path, ``best`` or ``last``.
             output: The CSV file to write.
+            runtime: What computes the network: ``torch``, or ``openvino``, which takes the frozen network.
             weights_only: Whether to read the checkpoint without running code from it.
         """
         self.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]
+        if runtime == "openvino":
+            model, ckpt_path = self._in_openvino(model, datamodule, ckpt_path), None
         super().predict(
             model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False, weights_only=weights_only
         )
+
+    def _in_openvino(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None
+    ) -> LightningModule:
+        assert isinstance(model, OneBitClassifier)
+        load_weights(model, ckpt_path)
+        return in_openvino(model, datamodule)
 
     def summary(
         self,
@@ -66,7 +109,7 @@ class OneBitTrainer(Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         output: str | None = None,
-        format: Literal["packed", "onnx", "torch"] = "packed",
+        format: Format = "packed",
     ) -> None:
         """Write a trained network as a file for inference.
 
@@ -75,18 +118,17 @@ class OneBitTrainer(Trainer):
             datamodule: The training data, for the size, mean, standard deviation and classes of its images.
             ckpt_path: The checkpoint to take the weights from: a path, ``best`` or ``last``.
             output: The file to write; by default ``network`` with the suffix of the format.
-            format: ``packed``: one bit per sign, for this package. ``onnx`` and ``torch`` (``torch.export``): one byte
-                per sign, for other runtimes.
+            format: ``packed``: for this package. ``openvino``: an .xml and a .bin file for x86 processors. ``c``: a .c
+                and an .h file for any processor. These three take one bit per sign; ``onnx`` and ``torch``
+                (``torch.export``) take one byte.
         """
         assert isinstance(model, OneBitClassifier)
-        if ckpt_path is not None:
-            checkpoint = load_checkpoint(ckpt_path)
-            model.on_load_checkpoint(checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
-        save, ending = EXPORTERS[format]
-        path = Path(f"network{ending}" if output is None else output)
+        load_weights(model, ckpt_path)
+        save, suffixes = EXPORTERS[format]
+        path = Path(f"network{suffixes[0]}" if output is None else output)
         save(model.net, path, describe(model, datamodule))
-        print(f"{path}: {path.stat().st_size:,} bytes" if path.is_file() else f"written to {path}")
+        for file in (path, *(path.with_suffix(suffix) for suffix in suffixes[1:])):
+            print(f"{file}: {file.stat().st_size:,} bytes" if file.is_file() else f"written to {file}")
 
     def benchmark(
         self,
@@ -114,8 +156,8 @@ class OneBitTrainer(Trainer):
             compile: Whether to compile; by default the model's ``compile``.
             precision: Precision of forward passes; by default the Trainer's.
             channels_last: Whether to use channels-last tensors; by default the model's ``channels_last``.
-            inference: Time the frozen network from raw images to labels instead, on the CPU: in torch, in ONNX Runtime
-                and in the packed runtime, beside the full-precision twin.
+            inference: Time the frozen network from raw images to labels instead, on the CPU: in torch, ONNX Runtime,
+                OpenVINO and C, beside the full-precision twin in torch and OpenVINO.
             batch_sizes: Batch sizes of inference.
             format: ``table`` or ``json``.
         """
@@ -147,6 +189,14 @@ class OneBitTrainer(Trainer):
 
     def compare(self) -> None:
         """Draw the curves of several runs into one picture and print their best epochs as a table."""
+
+
+def load_weights(model: OneBitClassifier, ckpt_path: str | None) -> None:
+    """Give a model the stage and the weights of a checkpoint, if there is one."""
+    if ckpt_path is not None:
+        checkpoint = load_checkpoint(ckpt_path)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
 
 
 def summary_of(model: LightningModule, datamodule: LightningDataModule) -> NetworkSummary:

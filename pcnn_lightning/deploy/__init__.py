@@ -1,4 +1,4 @@
-"""Deployment of trained networks: freezing, packing at one bit per sign, and export. Lightning is not needed.
+"""Deployment of trained networks: freezing, packing at one bit per sign, export and fast runtimes, without Lightning.
 
 To label an image with a packed file::
 
@@ -15,11 +15,16 @@ To label an image with a packed file::
     print(network.description.class_names[label])
 """
 
+from pcnn_lightning.deploy.c import CompiledNetwork as CompiledNetwork
+from pcnn_lightning.deploy.c import compile_c as compile_c
+from pcnn_lightning.deploy.c import save_c as save_c
 from pcnn_lightning.deploy.description import Description as Description
 from pcnn_lightning.deploy.export import save_onnx as save_onnx
 from pcnn_lightning.deploy.export import save_torch as save_torch
 from pcnn_lightning.deploy.freeze import freeze as freeze
+from pcnn_lightning.deploy.openvino import OpenVINOClassifier as OpenVINOClassifier
+from pcnn_lightning.deploy.openvino import compile_openvino as compile_openvino
+from pcnn_lightning.deploy.openvino import save_openvino as save_openvino
 from pcnn_lightning.deploy.packed import PackedNetwork as PackedNetwork
 from pcnn_lightning.deploy.packed import load_packed as load_packed
 from pcnn_lightning.deploy.packed import save_packed as save_packed
-from pcnn_lightning.deploy.runtime import accelerate as accelerate

@@ -1,11 +1,15 @@
 """Packed networks in Lightning: testing and predicting with one, and describing a network to be packed."""
 
 import json
+from collections import OrderedDict
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
 
-from pcnn_lightning.deploy import Description, PackedNetwork, load_packed
+from pcnn_lightning.backbones.blocks import Network
+from pcnn_lightning.deploy import Description, PackedNetwork, compile_openvino, load_packed
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import SignActivation
 from pcnn_lightning.modules.classifier import OneBitClassifier
@@ -59,6 +63,37 @@ class PackedClassifier(OneBitClassifier):
             found = getattr(data, name, value)  # a data module from outside this package need not say
             if value != (tuple(found) if isinstance(found, list) else found):
                 raise InputError(f"{self.path} was trained on data of {name} {value}, but these have {found}")
+
+
+def in_openvino(model: OneBitClassifier, data: LightningDataModule) -> OneBitClassifier:
+    """The network of ``model``, trained on ``data``, frozen and computed by OpenVINO, to test and predict with.
+
+    Raises:
+        InputError: if the data do not say what images they have, a layer has no translation, or OpenVINO is not
+            installed.
+    """
+    frozen = PackedNetwork.of(model.net, describe(model, data))
+    description = frozen.description
+    if not isinstance(model, PackedClassifier):  # without the quantization loss, which needs latent weights
+        model = OneBitClassifier(num_classes=description.num_classes, in_channels=description.in_channels)
+    network = Network(OrderedDict(openvino=_InOpenVINO(frozen)), description.num_classes, description.num_classes)
+    network.classifier = nn.Identity()  # type: ignore[assignment]  # the features are logits
+    model.net = PackedNetwork(network, description)
+    return model
+
+
+class _InOpenVINO(nn.Module):
+    """Maps normalized images (B, C, H, W) to logits (B, num_classes)."""
+
+    def __init__(self, network: PackedNetwork) -> None:
+        super().__init__()
+        self.classifier = compile_openvino(network)
+        for name in ("mean", "std"):
+            self.register_buffer(name, getattr(network, name))
+
+    def forward(self, images: Tensor) -> Tensor:
+        raw = (images.float() * self.std + self.mean).round().to(torch.uint8)  # type: ignore[operator]
+        return self.classifier.logits(raw).to(images.device)
 
 
 def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:

@@ -1,6 +1,7 @@
 """``test``, ``validate`` and ``predict``, from checkpoints and packed files."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,53 @@ def test_a_packed_file_gives_the_results_of_its_checkpoint(command, trained, pac
     assert {"val/loss", "val/accuracy"} <= set(
         command("validate", *DIGITS, *QUIET, f"--ckpt_path={packed}").cli.trainer.callback_metrics
     )
+
+
+def labels_and_probabilities(path):
+    with Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row["label"] for row in rows], torch.tensor([float(row["probability"]) for row in rows])
+
+
+@pytest.mark.parametrize("source", ["last.ckpt", "ternary.ckpt", "digits.safetensors"])
+def test_openvino_gives_the_results_of_torch(command, trained, packed, source):
+    flags = [*DIGITS, *QUIET, f"--ckpt_path={trained / source}"]
+    tested = []
+    for runtime in ("torch", "openvino"):
+        run = command("test", *flags, f"--runtime={runtime}")
+        assert run.code == 0, run.err
+        tested.append(run.cli.trainer.callback_metrics)
+        assert command("predict", *flags, f"--runtime={runtime}", f"--output={runtime}.csv").code == 0
+    torchs, openvinos = tested
+    assert set(torchs) - {"test/projection_loss"} == set(openvinos) >= {"test/loss", "test/accuracy"}
+    assert torch.equal(torchs["test/accuracy"], openvinos["test/accuracy"])
+    torch.testing.assert_close(openvinos["test/cross_entropy"], torchs["test/cross_entropy"], rtol=0, atol=1e-5)
+    (labels, probabilities), (found, close) = (
+        labels_and_probabilities(f"{name}.csv") for name in ("torch", "openvino")
+    )
+    assert len(labels) == 360
+    assert found == labels
+    torch.testing.assert_close(close, probabilities, rtol=0, atol=1e-5)
+
+
+def test_openvino_of_a_folder_of_images(command, tmp_path):
+    make_folder(tmp_path / "images", {"cat": 4, "dog": 4})
+    data = ["--data=ImageFolder", "--data.root=images", "--data.batch_size=3"]
+    assert command("fit", *data, *TRAINING, *KEEP).code == 0
+    flags = [*data, *QUIET, "--ckpt_path=kept/last.ckpt"]
+    assert command("predict", *flags).code == 0
+    assert command("predict", *flags, "--runtime=openvino", "--output=openvino.csv").code == 0
+    assert labels_and_probabilities("openvino.csv")[0] == labels_and_probabilities("predictions.csv")[0]
+
+
+def test_openvino_refusals(command, trained, packed, monkeypatch):
+    command("test", *DIGITS, *QUIET, f"--ckpt_path={packed}", "--runtime=onnx").is_usage_error("runtime", "openvino")
+    other = [*DIGITS, *QUIET, "--data.image_size=12", f"--ckpt_path={packed}", "--runtime=openvino"]
+    command("test", *other).is_refused(str(packed), "image_shape (1, 8, 8)", "(1, 12, 12)")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for path in (trained / "last.ckpt", packed):
+        run = command("predict", *DIGITS, *QUIET, f"--ckpt_path={path}", "--runtime=openvino")
+        run.is_refused("OpenVINO is not installed", ".[openvino]")
 
 
 def test_a_packed_file_overrides_the_model_of_the_configuration(command, packed):

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image
 
 from pcnn_lightning import PCNN
 from pcnn_lightning.cli import main
-from pcnn_lightning.deploy import freeze, load_packed
+from pcnn_lightning.deploy import compile_openvino, freeze, load_packed
 from pcnn_lightning.reports.benchmark import Report
 
 # --- summary --------------------------------------------------------------------------------------------------------
@@ -71,10 +73,27 @@ def test_export_by_name_and_from_a_packed_file(command, trained, packed):
     assert torch.equal(logits.argmax(1), load_packed(packed).classify(images))
 
 
+@pytest.mark.parametrize(("format", "suffixes"), [("openvino", [".xml", ".bin"]), ("c", [".c", ".h"])])
+@pytest.mark.parametrize("source", ["last.ckpt", "digits.safetensors"])
+def test_export_of_two_files(command, trained, packed, source, format, suffixes):
+    run = command("export", *DIGITS, *QUIET, f"--ckpt_path={trained / source}", f"--format={format}")
+    assert run.code == 0, run.err
+    files = [Path(f"network{suffix}") for suffix in suffixes]
+    assert run.out.splitlines() == [f"{file}: {file.stat().st_size:,} bytes" for file in files]
+    run = command("export", *DIGITS, *QUIET, f"--ckpt_path={packed}", f"--format={format}", "--output=b.txt")
+    run.is_refused(f"NAME{suffixes[0]}", "b.txt")
+    if format == "openvino":
+        images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+        assert torch.equal(compile_openvino(files[0]).classify(images), load_packed(packed).classify(images))
+    elif shutil.which("cc") is not None:
+        test = "cc -std=c99 -O2 -DPCNN_SELF_TEST network.c -o self_test && ./self_test"
+        assert subprocess.run(test, shell=True, check=False).returncode == 0
+
+
 def test_export_errors(command, trained, monkeypatch):
     export = ["export", *DIGITS, *QUIET, f"--ckpt_path={trained}/last.ckpt"]
     command("export", *DIGITS, *TRAINING).is_refused("export needs trained weights", "--ckpt_path")
-    command(*export, "--format=tflite").is_usage_error("format", "packed", "onnx", "torch", "tflite")
+    command(*export, "--format=tflite").is_usage_error("format", "packed", "openvino", "onnx", "torch", "tflite")
     Path("folder").mkdir()
     command(*export, "--output=folder").is_refused("folder cannot be written", "Is a directory")
     command(*export, "--data=cli_helpers.WrongLabels", "--data.label=0").is_refused("classifier", "(10,)", "(3,)")
@@ -83,7 +102,10 @@ def test_export_errors(command, trained, monkeypatch):
     command("export", *three, "--ckpt_path=kept/last.ckpt").is_refused("WrongLabels has no image_shape")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     command(*export, "--format=onnx").is_refused("onnxscript", ".[onnx]")
-    assert [path.name for path in Path().iterdir() if path.suffix in (".safetensors", ".onnx")] == []
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    command(*export, "--format=openvino").is_refused("OpenVINO is not installed", ".[openvino]")
+    command(*export, "--format=c", "--output=1.c").is_refused("names in C cannot begin with '1'")
+    assert [path.name for path in Path().iterdir() if path.suffix in (".safetensors", ".onnx", ".xml", ".c")] == []
 
 
 # --- compare --------------------------------------------------------------------------------------------------------

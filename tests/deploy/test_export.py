@@ -15,14 +15,27 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from agreement import assert_agree
+from c_programs import needs
 from packed_files import describe as described
-from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
+from tiny import fit, tiny_trainer
 from torch.utils.data import DataLoader, TensorDataset
-from trained_networks import IMAGE_SHAPE, MODELS, trained_model
+from trained_networks import IMAGE_SHAPE, MODELS, trained_digits, trained_model
 
 from pcnn_lightning import MCN, PCNN, ImageFolder
 from pcnn_lightning.data.datasets import RawBatch
-from pcnn_lightning.deploy import Description, accelerate, freeze, load_packed, save_onnx, save_packed, save_torch
+from pcnn_lightning.deploy import (
+    Description,
+    compile_c,
+    compile_openvino,
+    freeze,
+    load_packed,
+    save_c,
+    save_onnx,
+    save_openvino,
+    save_packed,
+    save_torch,
+)
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import SignActivation
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier, describe
@@ -33,8 +46,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[2]
 KEY = "pcnn_lightning"
-EXPORTERS = {"network.safetensors": save_packed, "network.onnx": save_onnx, "network.pt2": save_torch}
-PROGRAMS = {name: save for name, save in EXPORTERS.items() if save is not save_packed}
+PROGRAMS = {"network.onnx": save_onnx, "network.pt2": save_torch}
+EXPORTERS = {"network.safetensors": save_packed, "network.xml": save_openvino, **PROGRAMS}
 
 
 class Exported(NamedTuple):
@@ -59,15 +72,7 @@ def export_all(model, data, folder):
 @pytest.fixture(scope="module", params=["PCNN", "MCN"])
 def digits(request, tmp_path_factory):
     """A network after two epochs of digits, the first one ternary for PCNN."""
-    torch.manual_seed(0)
-    data = tiny_digits(train_size=None, image_size=16, batch_size=32)
-    if request.param == "PCNN":
-        model = tiny_pcnn(widths=[4, 4, 8, 16], stage="ternary")
-    else:
-        model = tiny_mcn(widths=[4, 4, 8, 16])
-    fit(model, data)
-    model.set_stage("binary")
-    fit(model, data)
+    model, data = trained_digits(request.param)
     return export_all(model, data, tmp_path_factory.mktemp(request.param))
 
 
@@ -100,7 +105,7 @@ def inputs_of_signs(network, images):
 
 
 def flips_at_ties_only(session, network, raw, normalised, tie=2e-6):
-    """Count the images with a sign that differs in ONNX; fail if an image's first such sign is not of a zero.
+    """Which images (B,) have a sign that differs in ONNX; fail if an image's first such sign is not of a zero.
 
     Later layers of such an image have other inputs and are not compared. Zero means within float rounding, as the
     inputs of signs are outputs of batch norms, about 1.
@@ -112,31 +117,40 @@ def flips_at_ties_only(session, network, raw, normalised, tie=2e-6):
         assert np.abs(values[flips]).max(initial=0) < tie
         same &= ~flips.any(axis=(1, 2, 3))
     np.testing.assert_allclose(logits[same], network(normalised).numpy()[same], rtol=1e-4, atol=1e-4)
-    return int((~same).sum())
+    return ~same
 
 
 @torch.no_grad()
 def all_agree(exported, chunk=200):
-    """Fail unless each format gives the labels of the trained network; return their accuracy."""
+    """Fail unless each format gives the labels of the trained network; return their accuracy.
+
+    ONNX may give another label to an image with a sign that differs, of which there are few.
+    """
     model, data, images, labels, folder = exported
     frozen, packed = freeze(model.net), load_packed(folder / "network.safetensors")
-    fast = accelerate(packed) if isinstance(model, PCNN) else packed  # real activations run in torch only
+    fast = {"OpenVINO": compile_openvino(folder / "network.xml"), "C": compile_c(packed)}
     program = torch.export.load(folder / "network.pt2").module()
     session = onnxruntime.InferenceSession(folder / "network.onnx")
     within = session_with_signs(folder / "network.onnx")
-    right = flipped = 0
+    right, flipped = 0, dict.fromkeys((*fast, "ONNX", "ONNX, another label"), 0)
     for raw, truth in zip(images.split(chunk), labels.split(chunk), strict=True):
         normalised = data.on_after_batch_transfer(RawBatch(raw), 0)
         logits = model(normalised)
         assert torch.equal(frozen(normalised), logits)
         assert torch.equal(packed(packed.preprocess(raw)), logits)
         assert torch.equal(packed.classify(raw), logits.argmax(1))
-        assert torch.equal(fast.classify(raw), logits.argmax(1))
+        for name, runtime in fast.items():
+            assert torch.equal(runtime.classify(raw), logits.argmax(1)), name
+            flipped[name] += assert_agree(packed, raw, runtime.classify(raw), runtime.logits(raw))
         assert torch.equal(program(raw), logits)
-        assert (run(session, raw)[0].argmax(1) == logits.argmax(1).numpy()).all()
-        flipped += flips_at_ties_only(within, frozen, raw, normalised)
+        flips = flips_at_ties_only(within, frozen, raw, normalised)
+        others = run(session, raw)[0].argmax(1) != logits.argmax(1).numpy()
+        assert not (others & ~flips).any()
+        flipped["ONNX"] += int(flips.sum())
+        flipped["ONNX, another label"] += int(others.sum())
         right += int((logits.argmax(1) == truth).sum())
-    print(f"{flipped} of {len(images)} images with a sign that differs in ONNX")
+    print(f"of {len(images)} images, with a sign that differs: {flipped}")
+    assert max(flipped.values()) <= 0.02 * len(images)
     return right / len(images)
 
 
@@ -264,7 +278,7 @@ def test_files_do_not_depend_on_the_default_dtype(digits):
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize("name", [name for name in EXPORTERS if name != "network.xml"])  # that is two files
 def test_files_can_be_written_to_a_pipe(digits, name):
     os.mkfifo("pipe")
     with ThreadPoolExecutor() as pool:
@@ -370,10 +384,9 @@ SIZES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SIZES)
 def test_sizes_in_the_readme(config):
+    needs("arm-none-eabi-gcc", "arm-none-eabi-size")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    row = re.search(
-        rf"^\| `configs/{config}\.yaml`.*\| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.,]+) \|$", readme, re.M
-    )
+    row = re.search(rf"^\| `configs/{config}\.yaml`.*?((?:\| [\d.,]+ ){{6}})\|$", readme, re.M)
     make, arguments, shape = SIZES[config]
     model = make(**arguments)
     batch = TensorDataset(torch.randn(2, *shape), torch.tensor([0, 1]))
@@ -381,7 +394,12 @@ def test_sizes_in_the_readme(config):
     trainer.fit(model, DataLoader(batch, batch_size=2))
     trainer.save_checkpoint("last.ckpt")
     names = tuple(map(str, range(10))) if model.hparams["num_classes"] == 10 else None
-    for path, save in EXPORTERS.items():
+    for path, save in {**EXPORTERS, "network.c": save_c}.items():
         save(model.net, path, described(model, shape[1:], class_names=names))
-    sizes = [Path(path).stat().st_size / 1000 for path in ("last.ckpt", *EXPORTERS)]
-    assert [float(number.replace(",", "")) for number in row.groups()] == pytest.approx(sizes, rel=0.05)
+    subprocess.run(["arm-none-eabi-gcc", "-std=c99", "-Os", "-mcpu=cortex-m4", "-c", "network.c"], check=True)
+    flash = subprocess.check_output(["arm-none-eabi-size", "network.o"], text=True).split()[6]
+    files = [["last.ckpt"], ["network.safetensors"], ["network.xml", "network.bin"], ["network.onnx"], ["network.pt2"]]
+    sizes = [sum(Path(file).stat().st_size for file in group) for group in files]
+    sizes.insert(3, int(flash))
+    found = [float(number.replace(",", "")) for number in row[1].split("|")[1:]]
+    assert found == pytest.approx([size / 1000 for size in sizes], rel=0.05)

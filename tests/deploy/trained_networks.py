@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tiny import tiny_mcn, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn
 from torch import nn
 
 from pcnn_lightning.backbones import BACKBONES
@@ -55,3 +55,14 @@ def trained_model(name, seed=0):
 
 def trained(name, seed=0):
     return trained_model(name, seed).net
+
+
+def trained_digits(name):
+    """A model after two epochs of digits, the first one ternary for PCNN, and its data."""
+    torch.manual_seed(0)
+    data, widths = tiny_digits(train_size=None, image_size=16, batch_size=32), [4, 4, 8, 16]
+    model = tiny_pcnn(widths=widths, stage="ternary") if name == "PCNN" else tiny_mcn(widths=widths)
+    fit(model, data)
+    model.set_stage("binary")
+    fit(model, data)
+    return model.eval(), data

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pcnn_lightning import BNN, BinaryConv2d, LossCurves, SignActivation, StageCheckpoint, StageSwitch
 from pcnn_lightning.backbones import BACKBONES
-from pcnn_lightning.deploy import accelerate, freeze, load_packed, save_packed
+from pcnn_lightning.deploy import compile_c, compile_openvino, freeze, load_packed, save_packed
 from pcnn_lightning.modules import describe
 from pcnn_lightning.reports import summarize
 
@@ -82,9 +82,8 @@ def test_files_agree_with_the_trained_network(kind, tmp_path):
     assert torch.equal(freeze(model.net)(x), expected)
     counted = summarize(model.net, (1, 8, 8)).total.bits / 8
     assert 0 < (tmp_path / "bnn.safetensors").stat().st_size - counted < 1000
-    if kind != "BWN":
-        fast = accelerate(packed)
-        assert torch.equal(fast(fast.preprocess(images)), expected)
+    for fast in (compile_openvino(packed), compile_c(packed)):
+        assert torch.equal(fast.classify(images), expected.argmax(1))
 
 
 def test_only_layers_on_signs_have_1_bit_multiplications():

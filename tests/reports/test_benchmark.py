@@ -2,7 +2,6 @@
 
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
 
@@ -164,30 +163,48 @@ def test_the_rate_of_a_loader_is_that_of_its_batches(clock):
     assert loader_rate(data, CPU, seconds=3) == 8 / 0.25
 
 
+RUNTIMES = [
+    *("full precision, torch", "full precision, OpenVINO"),
+    *("frozen, torch", "frozen, ONNX Runtime", "frozen, OpenVINO", "frozen, C"),
+]
+
+
 @pytest.mark.parametrize(
-    ("model", "fast"),
+    "model",
     [
-        (tiny_pcnn(stage="ternary"), True),
-        (tiny_pcnn(full_precision=True), False),
-        (tiny_mcn(), False),
-        (tiny_mcn(average=True, levels=3), False),
+        tiny_pcnn(),
+        tiny_pcnn(stage="ternary"),
+        tiny_pcnn(full_precision=True),
+        tiny_mcn(),
+        tiny_mcn(average=True, levels=3),
     ],
-    ids=["PCNN", "full precision", "MCN", "MCN-1"],
+    ids=["PCNN", "ternary", "full precision", "MCN", "MCN-1"],
 )
-def test_inference(model, fast):
-    with nullcontext() if fast else pytest.warns(UserWarning, match="packed runtime takes no part: "):
-        report = benchmark_inference(model, tiny_digits(), 3, ONCE)
-    names = ["full precision, torch", "frozen, torch", "frozen, ONNX Runtime", *["packed runtime"] * fast]
-    assert list(report.milliseconds) == names
+def test_inference(model):
+    report = benchmark_inference(model, tiny_digits(), 3, ONCE)
+    assert list(report.milliseconds) == RUNTIMES
     assert all(list(times) == ["labels"] for times in report.milliseconds.values())
     assert report.table().splitlines()[2].split() == ["labels/ms", "images/s", "ratio"]
 
 
-def test_without_onnxruntime(monkeypatch):
-    monkeypatch.setattr("pcnn_lightning.reports.benchmark.inference.find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="ONNX Runtime takes no part: onnxruntime is not installed"):
+@pytest.mark.parametrize(
+    ("missing", "without", "message"),
+    [
+        ("onnxruntime", "ONNX Runtime", "onnxruntime is not installed"),
+        ("openvino", "OpenVINO", "OpenVINO is not installed"),
+        ("cc", "C", "there is no C compiler 'no-cc'"),
+    ],
+)
+def test_a_runtime_that_is_not_installed_takes_no_part(missing, without, message, monkeypatch):
+    if missing == "cc":
+        monkeypatch.setenv("CC", "no-cc")
+    elif missing == "openvino":
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    else:
+        monkeypatch.setattr("pcnn_lightning.reports.benchmark.inference.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=f"{without} takes no part: {message}"):
         report = benchmark_inference(tiny_pcnn(), tiny_digits(), 3, ONCE)
-    assert "frozen, ONNX Runtime" not in report.ratios
+    assert list(report.ratios) == [name for name in RUNTIMES if not name.endswith(f", {without}")]
 
 
 def test_a_layer_is_timed_at_the_size_it_has_in_the_network():

@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from pcnn_lightning.deploy import PackedNetwork, accelerate, save_onnx
+from pcnn_lightning.deploy import PackedNetwork, compile_c, compile_openvino, save_onnx
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.modules import OneBitClassifier, describe
 from pcnn_lightning.reports.benchmark.measure import Report, Round, Setting, Stopwatch, compare_rounds
@@ -27,9 +28,9 @@ def benchmark_inference(
 ) -> Report:
     """Time a network from uint8 images to labels, including normalization, on the CPU with torch's number of threads.
 
-    The contenders are the full-precision twin in torch, in channels-last layout; the frozen network in torch; the
-    frozen network in ONNX Runtime, if installed; and the packed runtime, if it supports the network. Weights do not
-    affect the times, so the model need not be trained.
+    The contenders are the full-precision twin in torch, in channels-last layout, and in OpenVINO; the frozen network in
+    torch, ONNX Runtime, OpenVINO and C, which uses one thread. What is not installed takes no part, with a warning.
+    Weights do not affect the times, so the model need not be trained.
 
     Args:
         model: the model to deploy; it is put into its last stage.
@@ -45,14 +46,19 @@ def benchmark_inference(
     description = describe(model, datamodule)
     frozen = PackedNetwork.of(model.net, description)
     of_twin = replace(description, stage="full_precision", sign_activations=False, layer={})
-    twin = PackedNetwork.of(model.twin().net, of_twin).to(memory_format=torch.channels_last)
-    contenders: dict[str, Classify] = {
-        "full precision, torch": partial(_classify_channels_last, twin),
-        "frozen, torch": frozen.classify,
+    twin = PackedNetwork.of(model.twin().net, of_twin)
+    makers: dict[str, Callable[[], Classify]] = {
+        "full precision, torch": lambda: partial(_classify_channels_last, _channels_last(twin)),
+        "full precision, OpenVINO": lambda: compile_openvino(twin).classify,
+        "frozen, torch": lambda: frozen.classify,
+        "frozen, ONNX Runtime": lambda: _in_onnxruntime(frozen),
+        "frozen, OpenVINO": lambda: compile_openvino(frozen).classify,
+        "frozen, C": lambda: compile_c(frozen).classify,
     }
-    for name, make in (("frozen, ONNX Runtime", _in_onnxruntime), ("packed runtime", _in_packed_runtime)):
+    contenders: dict[str, Classify] = {}
+    for name, make in makers.items():
         try:
-            contenders[name] = make(frozen)
+            contenders[name] = make()
         except InputError as error:
             warnings.warn(f"{name} takes no part: {error}", stacklevel=2)
     shape = (description.in_channels, *description.image_size)
@@ -65,6 +71,7 @@ def benchmark_inference(
 
 def _round(classify: Classify, images: Tensor) -> Round:
     def once(watch: Stopwatch) -> None:
+        classify(images[:1])  # so that caches hold its weights, not those of the contender before
         watch.start()
         classify(images)
         watch.mark("labels")
@@ -79,8 +86,8 @@ def _classify_channels_last(network: PackedNetwork, images: Tensor) -> Tensor:
     return labels
 
 
-def _in_packed_runtime(network: PackedNetwork) -> Classify:
-    return accelerate(network).classify
+def _channels_last(network: PackedNetwork) -> PackedNetwork:
+    return deepcopy(network).to(memory_format=torch.channels_last)
 
 
 def _in_onnxruntime(network: PackedNetwork) -> Classify:

@@ -1,0 +1,78 @@
+"""A frozen network as a list of operations, which the exporters to other runtimes translate one by one."""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from pcnn_lightning.backbones.mcn import PlaneConv
+from pcnn_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a network.
+
+    Attributes:
+        name: path of its module, such as ``features.stage1.0.conv``, or ``features.stage1.0.add`` for a sum.
+        module: what computes it; None for the sum of its inputs.
+        inputs: names of the operations that it takes; the image is ``image``.
+        shape: shape of the output for one image, such as (C, H, W) or (classes,).
+    """
+
+    name: str
+    module: nn.Module | None
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, _: str) -> bool:
+        return isinstance(module, PlaneConv) or not list(module.children())
+
+
+@torch.no_grad()
+def operations(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Operation]:
+    """The operations of a frozen network in evaluation mode, in the order that they are computed in.
+
+    Args:
+        network: the network, as :func:`pcnn_lightning.deploy.freeze` returns it.
+        image_shape: (C, H, W) of a normalized image.
+
+    Raises:
+        InputError: if the network is more than modules and sums.
+    """
+    try:
+        graph = _Tracer().trace(network)
+    except Exception as error:  # whatever a forward method does with a proxy
+        raise InputError(f"the network cannot be exported as a list of layers: {error}") from error
+    names: dict[fx.Node, str] = {}
+    values: dict[str, Tensor] = {"image": torch.zeros(1, *image_shape, dtype=torch.float32)}
+    found: list[Operation] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = "image"
+            continue
+        if node.op == "output":
+            continue
+        inputs = tuple(names[argument] for argument in node.all_input_nodes)
+        if node.op == "call_module":
+            name, module = str(node.target), network.get_submodule(str(node.target))
+            output = module(*(values[one] for one in inputs))
+        elif node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
+            inputs = tuple(names[argument] for argument in node.args)
+            name, module = f"{_scope(inputs)}add", None
+            output = values[inputs[0]] + values[inputs[1]]
+        else:
+            raise InputError(f"the network cannot be exported: {node.format_node()} is neither a module nor a sum")
+        while name in values:  # a module that is called twice
+            name += "_again"
+        names[node], values[name] = name, output
+        found.append(Operation(name, module, inputs, tuple(output.shape[1:])))
+    return found
+
+
+def _scope(inputs: tuple[str, ...]) -> str:
+    """The path, with a dot, of the module whose parts are added: that of the first one, which is the convolution's."""
+    return inputs[0].rpartition(".")[0] + "."
