@@ -7,9 +7,9 @@ To label an image with a packed file::
     from PIL import Image
     from pcnn_lightning.deploy import load_packed
 
-    network = load_packed("network.safetensors")
+    network = load_packed("digits.safetensors")
     height, width = network.description.image_size
-    image = Image.open("image.png").convert("RGB").resize((width, height))  # "L" for gray images
+    image = Image.open("image.png").convert("L").resize((width, height))  # "RGB" for color images
     pixels = torch.from_numpy(np.array(image)).reshape(1, height, width, -1).permute(0, 3, 1, 2)
     label = network.classify(pixels).item()
     print(network.description.class_names[label])

