@@ -102,6 +102,8 @@ def compile_openvino(
 ) -> "OpenVINOClassifier":
     """Compile a network for this processor, which takes a tenth of a second for each new batch size.
 
+    In a forked process, call ``torch.set_num_threads(1)`` before, as data loaders do: torch's threads are not there.
+
     Args:
         source: a packed network, or the path of a packed file or of an exported ``.xml`` file.
         threads: number of threads; None takes torch's, ``torch.get_num_threads()``.
@@ -160,7 +162,7 @@ class OpenVINOClassifier:
                 f"images must be uint8 of shape (B, {', '.join(map(str, shape))}), "
                 f"but got {images.dtype} of shape {tuple(images.shape)}"
             )
-        pixels = images.cpu().contiguous().numpy()
+        pixels = images.cpu().numpy()
         logits = np.empty((len(images), self.description.num_classes), np.float32)
         start = 0
         while start < len(images):
@@ -175,7 +177,7 @@ class OpenVINOClassifier:
 
     def classify(self, images: Tensor) -> Tensor:
         """Predict the label (B,) of ``images`` (B, C, H, W) uint8, of the size that the network was trained for."""
-        return self.logits(images).argmax(dim=1)
+        return torch.from_numpy(self.logits(images).numpy().argmax(axis=1))  # torch's threads do not survive a fork
 
     def _request(self, size: int) -> Any:
         """What runs a part of ``size`` images."""

@@ -175,6 +175,8 @@ FORKED = """
 import os, sys, threading
 sys.path[:0] = {paths!r}
 import torch
+torch.set_num_threads(2)
+torch.rand(1_000_000).exp()  # starts torch's threads
 from trained_networks import IMAGE_SHAPE, trained_model
 from packed_files import describe
 from pcnn_lightning.deploy import PackedNetwork
@@ -189,7 +191,8 @@ classifier._lock.acquire()  # as if another thread were at work
 child = os.fork()
 if not child:
     del other
-    right = torch.equal(classifier.classify(images), labels)
+    right = classifier.classify(images).tolist() == labels.tolist()
+    torch.set_num_threads(1)  # torch's own threads do not survive a fork, and the parent has used them
     right = right and torch.equal(compile_openvino(network, 2).classify(images[:5]), labels[:5])
     sys.exit(0 if right else 3)
 classifier._lock.release()
