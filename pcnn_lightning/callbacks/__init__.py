@@ -1,6 +1,7 @@
 """Callbacks: stage switch, checkpoints, and recorders that log and plot a run."""
 
 from pcnn_lightning.callbacks.diversity import Diversity as Diversity
+from pcnn_lightning.callbacks.epoch_lines import EpochLines as EpochLines
 from pcnn_lightning.callbacks.filter_curves import FilterCurves as FilterCurves
 from pcnn_lightning.callbacks.flip_ratio import FlipRatio as FlipRatio
 from pcnn_lightning.callbacks.gradient_norms import GradientNorms as GradientNorms

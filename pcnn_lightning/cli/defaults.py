@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pcnn_lightning.callbacks import (
     Diversity,
+    EpochLines,
     FilterCurves,
     FlipRatio,
     GradientNorms,
@@ -24,6 +25,7 @@ OPTIONAL: dict[str, type[Callback]] = {"stage_switch": StageSwitch}
 """Callbacks that a run has only if its configuration says so."""
 
 DEFAULTS: dict[str, type[Callback]] = {
+    "epoch_lines": EpochLines,
     "loss_curves": LossCurves,
     "kernel_histograms": KernelHistograms,
     "flip_ratio": FlipRatio,

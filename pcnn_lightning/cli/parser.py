@@ -17,6 +17,7 @@ from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.cli.checkpoint_argument import LINKED, checkpoint_argument, model_config, packed_config
 from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
 from pcnn_lightning.cli.interruption import BetweenBatches, BetweenBatchesAndCheckpoints
+from pcnn_lightning.cli.names import class_names, list_classes, with_packaged_configs
 from pcnn_lightning.cli.run_folder import (
     continue_logs,
     find_checkpoint,
@@ -35,11 +36,18 @@ from pcnn_lightning.reports import compare
 class Parser(LightningArgumentParser):
     """A parser that reports a mistake without 150 lines of usage, which are what --help is for."""
 
+    def __init__(self, *args: Any, prog: str = "pcnn_lightning", **kwargs: Any) -> None:
+        super().__init__(*args, prog=prog, **kwargs)  # else the help of a class would name the file that was run
+
     def print_usage(self, file: Any = None) -> None:
         if file is not sys.stderr:
             super().print_usage(file)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        not_a_path = r'Parser key "(model|data)".*Expected a dot import path string: (\S+)'
+        if wrong := re.search(not_a_path, message, re.DOTALL):
+            names = ", ".join(class_names(wrong[1]))
+            message = f"{wrong[1]} must be one of {names}, or the import path of a class, but got {wrong[2]}"
         # Of the reasons why a value fits none of several types, the class that was named has the one that helps.
         key, reason = (
             re.search(r'Parser key "(.+?)"', message),
@@ -89,10 +97,15 @@ class OneBitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         given: Any = sys.argv[1:] if args is None else args
-        path = checkpoint_argument(given) if isinstance(given, list) else None
+        if not isinstance(given, list):
+            super().parse_arguments(parser, args)
+            return
+        list_classes(given)
+        given = with_packaged_configs(given)
+        path = checkpoint_argument(given)
         try:
             if path is None:
-                super().parse_arguments(parser, args)
+                self.config = parser.parse_args(given)
                 return
             place = next((at for at, word in enumerate(given) if word in self.subcommands()), 0) + 1
             if is_packed(path) and given[place - 1] != "fit":

@@ -1,0 +1,74 @@
+"""A line an epoch, for terminals and log files."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class EpochLines(Callback):
+    """Print a line at the end of each epoch: stage, losses, accuracy, learning rates, seconds, and the time left.
+
+    Where there are two numbers, the first is of training and the second of validation. The time left is that of the
+    remaining epochs, at the mean pace of the epochs of this process. The header is repeated when the stage changes.
+    """
+
+    def __init__(self) -> None:
+        self._header = ""
+        self._began = self._seconds = 0.0
+        self._epochs = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._header, self._seconds, self._epochs = "", 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = time.monotonic()
+        seconds, self._began = now - self._began, now
+        self._seconds, self._epochs = self._seconds + seconds, self._epochs + 1
+        columns = {"epoch": _place(trainer), "stage": str(pl_module.stage), **_metrics(trainer, pl_module)}
+        groups = trainer.optimizers[0].param_groups
+        columns["/".join(("η₁", "η₂")[: len(groups)])] = "/".join(f"{group['lr']:.1g}" for group in groups)
+        columns["s"] = f"{seconds:.1f}"
+        if (trainer.max_epochs or -1) > 0:
+            columns["left"] = _duration(self._seconds / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1))  # type: ignore[operator]
+        widths = [max(len(name), WIDTHS.get(name, len(cell))) for name, cell in columns.items()]
+        header = " ".join(name.rjust(width) for name, width in zip(columns, widths, strict=True))
+        if header != self._header:
+            self._header = header
+            print(header)
+        print(" ".join(cell.rjust(width) for cell, width in zip(columns.values(), widths, strict=True)), flush=True)
+
+
+WIDTHS = {"epoch": 7, "stage": 7, "η₁": 8, "η₁/η₂": 13, "accuracy": 11, "s": 5, "left": 7}
+"""Of columns whose cells would vary in width; together with the losses of PCNN, 80."""
+
+
+def _place(trainer: Trainer) -> str:
+    end = trainer.max_epochs or -1
+    return f"{trainer.current_epoch + 1}/{end}" if end > 0 else str(trainer.current_epoch + 1)
+
+
+def _metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    """The terms of the loss and the accuracy, by their labels."""
+    found = trainer.callback_metrics
+    terms: dict[str, Any] = getattr(pl_module, "terms", {})
+    labels = {name: term.label.removesuffix(" loss") for name, term in terms.items()} | {"accuracy": "accuracy"}
+    cells = {}
+    for name, label in labels.items():
+        splits = ("train", "val") if name == "accuracy" or terms[name].depends_on_data else ("train",)
+        digits = 3 if name == "accuracy" else 4
+        numbers = [f"{float(found[f'{split}/{name}']):.{digits}f}" for split in splits if f"{split}/{name}" in found]
+        if numbers:
+            cells[label] = " ".join(numbers)
+    return cells
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
