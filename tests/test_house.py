@@ -19,10 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": set(),
     "deploy": {"backbones", "families", "layers"},
     "data": set(),
-    "callbacks": {"checkpoints", "functional", "layers", "losses"},
+    "loggers": {"losses"},
+    "callbacks": {"checkpoints", "functional", "layers", "loggers", "losses"},
     "modules": {"backbones", "checkpoints", "deploy", "functional", "layers", "losses"},
     "reports": {"deploy", "layers", "modules"},
-    "cli": {"callbacks", "checkpoints", "data", "deploy", "families", "modules", "reports"},
+    "cli": {"callbacks", "checkpoints", "data", "deploy", "families", "loggers", "modules", "reports"},
     "__main__": {"cli"},
 }
 WITHOUT_LIGHTNING = ("functional", "layers", "losses", "backbones", "families", "deploy")

@@ -1,7 +1,7 @@
 """Diversity of the kernels that are made from one latent kernel, and their feature maps."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from pcnn_lightning.callbacks.drawing import DrawingCallback, choose_layer, stage_of
+from pcnn_lightning.callbacks.drawing import DrawingCallback, choose_layers, stage_of
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import sign
@@ -27,12 +27,14 @@ class View:
     Attributes:
         stage: the stage in that epoch.
         epoch: index of the epoch; -1 before training.
+        batch: index of the last batch, as loggers count them.
         kernels: (n, kh, kw), the first input channel of the first n kernels.
         maps: (n, H, W), the feature maps of these kernels.
     """
 
     stage: str
     epoch: int
+    batch: int
     kernels: Tensor
     maps: Tensor
 
@@ -42,9 +44,9 @@ class Diversity(DrawingCallback):
 
     At the end of each stage and of training, or if training is interrupted, the figure is written to
     ``diversity_<stage>.png`` in the log folder and to TensorBoard as the image ``diversity``. It shows the end of the
-    last complete epoch. If ``layer`` is given, its name is appended to ``diversity``. The kernels drawn are the planes
-    of the first latent kernel (for example, D_j of PCNN or Q_k of MCN) or, if the layer has one plane, its first
-    kernels; only the first input channel of each is drawn.
+    last complete epoch. If ``layer`` is given, there is a figure of each layer that it names, with its name appended to
+    ``diversity``. The kernels drawn are the planes of the first latent kernel (for example, D_j of PCNN or Q_k of MCN)
+    or, if the layer has one plane, its first kernels; only the first input channel of each is drawn.
 
     If the layer has several planes, :func:`kernel_diversity` of all its kernels is logged every epoch as
     ``diversity/<layer>``.
@@ -55,7 +57,8 @@ class Diversity(DrawingCallback):
     image per epoch. A network without 1-bit layers produces no output.
 
     Args:
-        layer: path of the layer in ``model.net``, such as ``features.stage1.0.conv``; None takes the first 1-bit layer.
+        layer: path of a layer in ``model.net``, such as ``features.stage1.0.conv``, or a pattern of several, such as
+            ``features.stage*.0.conv``; None takes the first 1-bit layer.
         image: index of the image in the validation set, or in the training set if there is none.
         channels: maximum number of channels to draw.
 
@@ -69,57 +72,57 @@ class Diversity(DrawingCallback):
         check_integer("image", image, 0)
         check_integer("channels", channels, 1)
         self.layer, self.image, self.channels = layer, image, channels
-        self.view: View | None = None
-        self._chosen: tuple[str, QuantizedConv2d] | None = None
+        self.views: dict[str, View] = {}  # by layer
+        self._chosen: Mapping[str, QuantizedConv2d] = {}
         self._image = torch.empty(0)  # (1, C, H, W), on the device
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.view, self._chosen = None, choose_layer(pl_module, self.layer)
+        self.views, self._chosen = {}, choose_layers(pl_module, self.layer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._chosen is not None:
+        if self._chosen:
             self._image = evaluation_image(trainer, self.image)
-            self._look(trainer.current_epoch - 1, pl_module)  # a resumed run may start at the end of a stage
+            self._look(trainer, pl_module, trainer.current_epoch - 1)  # a resumed run may start at the end of a stage
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.view is None:  # nothing was left to train
+        if not self.views:  # nothing was left to train
             self.on_train_start(trainer, pl_module)
         super().on_fit_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        diversity = self._look(trainer.current_epoch, pl_module)
-        if diversity is not None and self._chosen is not None:
-            # Only one process logs this, so nothing is reduced; without sync_dist Lightning would warn.
-            pl_module.log(f"diversity/{self._chosen[0]}", diversity, rank_zero_only=True, sync_dist=True)
-
-    def draw(self, trainer: Trainer) -> None:
-        self._draw()
+        if any(view.stage != stage_of(pl_module) for view in self.views.values()):
+            self.draw(trainer)  # the end of the previous stage
+        self._look(trainer, pl_module, trainer.current_epoch)
+        for name, layer in self._chosen.items() if self.folder is not None else ():
+            if layer.planes > 1:
+                diversity = kernel_diversity(layer.quantized_weight().detach(), layer.planes)
+                # Only one process logs this, so nothing is reduced; without sync_dist Lightning would warn.
+                pl_module.log(f"diversity/{name}", diversity, rank_zero_only=True, sync_dist=True)
 
     @torch.no_grad()
-    def _look(self, epoch: int, pl_module: LightningModule) -> Tensor | None:
-        """Update the view; draw the old one if it ended its stage. Returns the diversity for several planes."""
-        if self._chosen is None or self.folder is None:
-            return None
-        stage = stage_of(pl_module)
-        if self.view is not None and self.view.stage != stage:
-            self._draw()
-        layer, seen = self._chosen[1], []
-        with evaluating(pl_module), layer.register_forward_hook(lambda _layer, _input, output: seen.append(output)):
-            pl_module(self._image.to(pl_module.device))
-        kernels, planes = layer.quantized_weight(), layer.planes
-        shown = self.channels if planes == 1 else min(self.channels, planes)
-        self.view = View(stage, epoch, kernels[:shown, 0].clone(), seen[0][0, :shown].clone())
-        return kernel_diversity(kernels, planes) if planes > 1 else None
-
-    def _draw(self) -> None:
-        if self.view is None or self._chosen is None or self.folder is None:
+    def _look(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        if not self._chosen or self.folder is None:
             return
-        view, name = self.view, "diversity" if self.layer is None else f"diversity_{self._chosen[0]}"
-        when = "before training" if view.epoch < 0 else f"{view.stage} stage, after epoch {view.epoch}"
-        figure = draw_diversity(self._image[0], view.kernels, view.maps, f"{self._chosen[0]}, {when}")
-        # In TensorBoard, all stages share one image tag; each stage has its own file.
-        self.show(name, figure, view.epoch, file=f"{name}_{view.stage}")
+        maps: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name, layer in self._chosen.items():
+                stack.enter_context(layer.register_forward_hook(lambda *seen, name=name: maps.update({name: seen[2]})))
+            stack.enter_context(evaluating(pl_module))
+            pl_module(self._image.to(pl_module.device))
+        for name, layer in self._chosen.items():
+            shown = self.channels if layer.planes == 1 else min(self.channels, layer.planes)
+            kernels = layer.quantized_weight()[:shown, 0].clone()
+            place = stage_of(pl_module), epoch, trainer.fit_loop.total_batch_idx
+            self.views[name] = View(*place, kernels, maps[name][0, :shown].clone())
+
+    def draw(self, trainer: Trainer) -> None:
+        for layer, view in self.views.items():
+            name = "diversity" if self.layer is None else f"diversity_{layer}"
+            when = "before training" if view.epoch < 0 else f"{view.stage} stage, after epoch {view.epoch}"
+            figure = draw_diversity(self._image[0], view.kernels, view.maps, f"{layer}, {when}")
+            # In TensorBoard, all stages share one image tag; each stage has its own file.
+            self.show(name, figure, view.batch, file=f"{name}_{view.stage}")
 
 
 @contextmanager

@@ -3,41 +3,44 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import write_whole
 from pcnn_lightning.layers import QuantizedConv2d, one_bit_layers
+from pcnn_lightning.loggers import StageLogger
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 """Colors of Okabe and Ito, which color-blind readers can tell apart."""
 
 
 class DrawingCallback(Callback):
-    """Shows figures in TensorBoard and writes them as PNG files to the log folder.
+    """Writes figures as PNG files to the log folder and shows them in TensorBoard, W&B and MLflow.
 
-    Only the first process draws and writes; on the others, ``folder`` is None and ``writers`` is empty.
+    Only the first process draws and writes; on the others, ``folder`` is None and ``loggers`` is empty.
 
     Attributes:
         recorded: names of the attributes that checkpoints hold, so that a resumed run continues its records.
     """
 
     recorded: tuple[str, ...] = ()
-    layer: str | None = None  # of callbacks that look at one layer
+    layer: str | None = None  # of callbacks that look at some layers only
 
     def __init__(self) -> None:
         super().__init__()
         self.folder: Path | None = None
-        self.writers: list[SummaryWriter] = []
+        self.loggers: list[Logger] = []
         self._is_drawn = False
         self.begin_anew()
 
@@ -53,7 +56,7 @@ class DrawingCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.folder, self.writers = None, []
+            self.folder, self.loggers = None, []
             if trainer.global_step == 0:  # otherwise this trainer continues; a checkpoint is restored after setup
                 self.begin_anew()
 
@@ -63,7 +66,7 @@ class DrawingCallback(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.folder = folder
-            self.writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+            self.loggers = list(trainer.loggers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer)
@@ -72,8 +75,9 @@ class DrawingCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_drawn:  # the checkpoint is of a run that was killed at its end
             self.draw(trainer)
-            for writer in self.writers:
-                writer.close()  # as Lightning has done before; drawing has opened it again
+            for logger in self.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.finalize("success")  # as Lightning has done before; drawing has opened it again
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.draw(trainer)
@@ -85,15 +89,32 @@ class DrawingCallback(Callback):
         for name in self.recorded:
             setattr(self, name, state_dict[name])
 
-    def show(self, name: str, figure: Figure, epoch: int, file: str | None = None) -> None:
-        """Write ``figure`` to ``<file>.png`` (default: ``<name>.png``) and to TensorBoard under "Images"."""
+    @property
+    def writers(self) -> list[SummaryWriter]:
+        """TensorBoard's writers for what is measured in training."""
+        boards = (logger for logger in self.loggers if isinstance(logger, TensorBoardLogger))
+        return [board.training if isinstance(board, StageLogger) else board.experiment for board in boards]
+
+    def log_scalars(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Log ``values`` in the first process; ``LightningModule.log`` must be called by every process."""
+        for logger in self.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.total_batch_idx)
+
+    def show(self, name: str, figure: Figure, step: int, file: str | None = None) -> None:
+        """Write ``figure`` to ``<file>.png`` (default: ``<name>.png``) and to the loggers that take pictures."""
         if self.folder is None:
             return
+        path = self.folder / f"{file or name}.png"
         image = io.BytesIO()
         figure.savefig(image, format="png")
-        write_whole(self.folder / f"{file or name}.png", image.getbuffer())
-        for writer in self.writers:
-            writer.add_figure(name, figure, epoch)
+        write_whole(path, image.getbuffer())
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(name, figure, step)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_artifact(logger.run_id, str(path))
+            elif hasattr(logger, "log_image"):
+                logger.log_image(name, [Image.open(image)], step)
 
     def write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """Write ``rows`` to ``<name>.csv``; missing values are left empty."""
@@ -106,23 +127,24 @@ class DrawingCallback(Callback):
         write_whole(self.folder / f"{name}.csv", text.getvalue().encode())
 
 
-def choose_layer(module: nn.Module, name: str | None) -> tuple[str, QuantizedConv2d] | None:
-    """Choose a 1-bit layer and return its name and the layer; None if ``module`` has no 1-bit layers.
+def choose_layers(module: nn.Module, name: str | None) -> dict[str, QuantizedConv2d]:
+    """Choose 1-bit layers by name, from input to output; none if ``module`` has no 1-bit layers.
 
     Args:
         module: the LightningModule.
-        name: path of the layer in ``model.net``, such as ``features.stage1.0.conv``; None takes the first layer.
+        name: path of a layer in ``model.net``, such as ``features.stage1.0.conv``, or a pattern of paths, such as
+            ``features.stage*.0.conv``; None takes the first layer.
 
     Raises:
         InputError: if there are 1-bit layers, but none of that name.
     """
     layers = layers_of(module)
-    if not layers:
-        return None
-    chosen = next(iter(layers)) if name is None else name
-    if chosen not in layers:
+    if name is None:
+        return dict(list(layers.items())[:1])
+    chosen = {path: layer for path, layer in layers.items() if fnmatchcase(path, name)}
+    if layers and not chosen:
         raise InputError(f"there is no 1-bit layer {name}; there are {', '.join(layers)}")
-    return chosen, layers[chosen]
+    return chosen
 
 
 def layers_of(module: nn.Module) -> Mapping[str, QuantizedConv2d]:
@@ -136,15 +158,16 @@ def stage_of(module: nn.Module) -> str:
     return str(getattr(module, "stage", ""))
 
 
-def mark_stages(axes: Axes, epochs: list[dict[str, Any]]) -> None:
-    """Mark each change of stage by a vertical line, labeled with both stages."""
-    for before, after in pairwise(epochs):
-        if before["stage"] != after["stage"]:
-            axes.axvline(after["epoch"] - 0.5, color="0.4", linewidth=1, linestyle=":")
-            for stage, side, offset in ((before["stage"], "right", -4), (after["stage"], "left", 4)):
+def mark_stages(axes: Axes, places: Sequence[float], stages: Sequence[str], labels: bool = True) -> None:
+    """Mark each change of stage by a vertical line halfway between two places, labeled with both stages."""
+    for (start, before), (end, after) in pairwise(zip(places, stages, strict=True)):
+        if before != after:
+            place = (start + end) / 2
+            axes.axvline(place, color="0.4", linewidth=1, linestyle=":")
+            for stage, side, offset in ((before, "right", -4), (after, "left", 4)) if labels else ():
                 axes.annotate(
                     stage,
-                    (after["epoch"] - 0.5, 1),
+                    (place, 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(offset, -4),
                     textcoords="offset points",

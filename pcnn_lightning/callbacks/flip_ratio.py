@@ -55,8 +55,7 @@ class FlipRatio(DrawingCallback):
         row |= {"flips": shares(flips, sizes), "zeros": shares(zeros, sizes)}
         self.epochs.append(row)
         scalars = {f"{kind}/{name}": share for kind in ("flips", "zeros") for name, share in row[kind].items()}
-        for logger in trainer.loggers:  # pl_module.log must be called by every process
-            logger.log_metrics(scalars, step=trainer.fit_loop.total_batch_idx)
+        self.log_scalars(trainer, scalars)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "signs": {name: pack(signs) for name, signs in self._signs.items()}}
@@ -68,7 +67,7 @@ class FlipRatio(DrawingCallback):
     def draw(self, trainer: Trainer) -> None:
         if self.folder is None or not self.epochs:
             return
-        self.show("flips", draw_flips(self.epochs), self.epochs[-1]["epoch"])
+        self.show("flips", draw_flips(self.epochs), trainer.fit_loop.total_batch_idx)
         rows = [
             {
                 "epoch": row["epoch"],
@@ -132,7 +131,7 @@ def draw_flips(epochs: list[dict[str, Any]]) -> Figure:
     for name, colour in zip(layers, colours, strict=True):
         _plot(axes, epochs, name, color=colour, linewidth=0.9, marker=mark)
     _plot(axes, epochs, "total", color="black", linewidth=2.2, marker=mark, label="all layers")
-    mark_stages(axes, epochs)
+    mark_stages(axes, [row["epoch"] for row in epochs], [row["stage"] for row in epochs])
     # Fractions fall from one half at the switch to 1e-4 at the end and may be 0, which has no logarithm.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.yaxis.set_major_formatter("{x:g}")

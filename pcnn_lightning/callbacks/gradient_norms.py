@@ -4,17 +4,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from pcnn_lightning.stages import STAGES
-
 
 class GradientNorms(Callback):
-    """Log the gradient norms, learning rates and stage of an update.
+    """Log the gradient norms and learning rates of an update.
 
     ``gradient_norm/<group>`` is the Euclidean norm over a group of parameters: ``kernels``, learned at η₁, or the
     second parameters, learned at η₂ (such as ``projections`` of PCNN or ``modulations`` of MCN). Gradients are
     accumulated, averaged over processes and unscaled, but not yet clipped. In PCNN with η > 0 over several
-    micro-batches or processes, they do not yet include the term quadratic in η. ``lr/<group>_step`` and ``stage_step``
-    belong to the same update, whereas ``lr/<group>`` is logged at the end of an epoch.
+    micro-batches or processes, they do not yet include the term quadratic in η. ``lr/<group>`` belongs to the same
+    update; the module logs it at the end of every epoch.
 
     Only every ``trainer.log_every_n_steps``-th update is measured, since reading a value synchronizes with the device.
     """
@@ -33,9 +31,7 @@ class GradientNorms(Callback):
             return
         norms = torch.stack([norm for norm, _ in groups.values()]).tolist()  # synchronizes with the device once
         values = {f"gradient_norm/{name}": norm for name, norm in zip(groups, norms, strict=True)}
-        values |= {f"lr/{name}_step": float(rate) for name, (_, rate) in groups.items()}
-        if (stage := getattr(pl_module, "stage", None)) in STAGES:
-            values["stage_step"] = float(STAGES[stage])
+        values |= {f"lr/{name}": float(rate) for name, (_, rate) in groups.items()}
         for logger in trainer.loggers:
             # Not pl_module.log, which chooses the batches it logs at, not those that end an update.
             logger.log_metrics(values, step=trainer.fit_loop.total_batch_idx)

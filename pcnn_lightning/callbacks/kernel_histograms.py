@@ -1,7 +1,7 @@
 """Distribution of the latent weights C, epoch by epoch (figures 3.14 and 3.15)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, layers_of, stage_of
+from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, choose_layers, layers_of, stage_of
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.layers import QuantizedConv2d
 
@@ -28,30 +28,39 @@ class KernelHistograms(DrawingCallback):
     same scalars.
 
     Two figures show the first 1-bit layer at the end of each stage and of the run: ``kernels_last``, the latest
-    histogram, and ``kernels_over_epochs``, up to six histograms. A resumed run continues its records.
+    histogram, and ``kernels_over_epochs``, up to six histograms. If ``layer`` is given, there are two of each layer
+    that it names, with its name appended. A resumed run continues its records.
 
     Args:
         every_n_epochs: record epochs 0, n, 2n, ..., the last epoch of the run, and that of a stage whose end is
             planned.
         bins: number of bins of a histogram, which spans -max|C| to max|C|.
+        layer: path of the layer to draw in ``model.net``, such as ``features.stage1.0.conv``, or a pattern of several,
+            such as ``features.stage*.0.conv``; None takes the first 1-bit layer.
 
     Raises:
         ValueError: if ``every_n_epochs`` or ``bins`` is too small.
+        InputError: when training starts, if there is no 1-bit layer of that name.
     """
 
     recorded = ("rows", "histograms")
 
-    def __init__(self, every_n_epochs: int = 1, bins: int = 64) -> None:
+    def __init__(self, every_n_epochs: int = 1, bins: int = 64, layer: str | None = None) -> None:
         super().__init__()
         check_integer("every_n_epochs", every_n_epochs, 1)
         check_integer("bins", bins, 2)
-        self.every_n_epochs, self.bins = every_n_epochs, bins
+        self.every_n_epochs, self.bins, self.layer = every_n_epochs, bins, layer
+        self._drawn: Collection[str] = ()
 
     def begin_anew(self) -> None:
         self.rows: list[dict[str, Any]] = []
         """One row per epoch and layer: ``epoch``, ``stage``, ``layer`` and ``STATISTICS``."""
         self.histograms: list[dict[str, Any]] = []
-        """The rows of the first layer, with ``limit`` (max|C|) and ``counts``."""
+        """The rows of the layers to draw, with ``batch`` (as loggers count them), ``limit`` (max|C|) and ``counts``."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._drawn = choose_layers(pl_module, self.layer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.folder is None:
@@ -75,12 +84,13 @@ class KernelHistograms(DrawingCallback):
             return  # all zero, or diverged, which the module reports
         place = {"epoch": trainer.current_epoch, "stage": stage}
         scalars: dict[str, float] = {}
-        for index, ((name, weight), (*values, limit)) in enumerate(zip(weights.items(), measured, strict=True)):
+        batch = trainer.fit_loop.total_batch_idx
+        for (name, weight), (*values, limit) in zip(weights.items(), measured, strict=True):
             row = {**place, "layer": name, **dict(zip(STATISTICS, values, strict=True))}
             counts = count(weight, limit, self.bins).tolist()
             self.rows.append(row)
-            if index == 0:
-                self.histograms.append({**row, "limit": limit, "counts": counts})
+            if name in self._drawn:
+                self.histograms.append({**row, "batch": batch, "limit": limit, "counts": counts})
             scalars |= {f"kernels/{name}/{statistic}": row[statistic] for statistic in STATISTICS}
             for writer in self.writers:
                 writer.add_histogram_raw(
@@ -92,17 +102,19 @@ class KernelHistograms(DrawingCallback):
                     sum_squares=weight.numel() * (row["mean_abs"] ** 2 + row["std_abs"] ** 2),
                     bucket_limits=edges(limit, self.bins),
                     bucket_counts=[0, *counts],  # the first bucket ends where the first bin begins
-                    global_step=trainer.current_epoch,
+                    global_step=batch,
                 )
-        for logger in trainer.loggers:  # pl_module.log must be called by every process
-            logger.log_metrics(scalars, step=trainer.fit_loop.total_batch_idx)
+        self.log_scalars(trainer, scalars)
 
     def draw(self, trainer: Trainer) -> None:
         if self.folder is None or not self.rows:
             return
-        epoch = self.rows[-1]["epoch"]
-        self.show("kernels_last", draw_kernels(self.histograms[-1]), epoch)
-        self.show("kernels_over_epochs", draw_kernels_over_epochs(self.histograms), epoch)
+        for layer in self._drawn:
+            end = "" if self.layer is None else f"_{layer}"
+            histograms = [histogram for histogram in self.histograms if histogram["layer"] == layer]
+            batch = histograms[-1]["batch"]
+            self.show(f"kernels_last{end}", draw_kernels(histograms[-1]), batch)
+            self.show(f"kernels_over_epochs{end}", draw_kernels_over_epochs(histograms), batch)
         self.write("kernels", self.rows)
 
 

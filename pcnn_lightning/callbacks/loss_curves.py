@@ -1,25 +1,41 @@
-"""Curves of the loss terms over a run."""
+"""Curves of the loss terms and the accuracy over a run."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from pcnn_lightning.callbacks.drawing import BLUE, GREEN, GREY, ORANGE, PINK, DrawingCallback, mark_stages
+from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, mark_stages
+from pcnn_lightning.checks import check_integer
 from pcnn_lightning.losses import LossTerm
 
-COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
+SPLITS = {"train": ("training", BLUE), "val": ("validation", ORANGE)}
 
 
 class LossCurves(DrawingCallback):
-    """Record every term of the loss in each epoch: a chart in TensorBoard, ``losses.csv`` and ``losses.png``.
+    """Record the terms of the loss and the accuracy in each epoch: ``losses.csv`` and the figure ``losses``.
 
-    In TensorBoard, the chart is under "Custom scalars". The files are written to the log folder at the end of the run,
-    even if it is interrupted. A resumed run continues its curves.
+    The table has all metrics that are logged as ``train/...`` or ``val/...``, and grows with every epoch. The figure is
+    drawn again every few epochs and at the end of the run, even if that is interrupted. A resumed run continues its
+    curves. The metrics of a test of the run are written to ``test.csv`` beside them.
+
+    Args:
+        every_n_epochs: epochs from one figure to the next.
+
+    Raises:
+        ValueError: if ``every_n_epochs`` is not positive.
     """
 
     recorded = ("epochs", "validation")
+
+    def __init__(self, every_n_epochs: int = 10) -> None:
+        super().__init__()
+        check_integer("every_n_epochs", every_n_epochs, 1)
+        self.every_n_epochs = every_n_epochs
 
     def begin_anew(self) -> None:
         self.epochs: list[dict[str, Any]] = []
@@ -29,52 +45,68 @@ class LossCurves(DrawingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._terms = pl_module.terms  # type: ignore[assignment]
-        tags = rf"^(train|val)/({'|'.join(self._terms)})$"
-        for writer in self.writers:
-            writer.add_custom_scalars({"training": {"losses": ["Multiline", [tags]]}})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self.validation}
-        self.epochs.append({**row, **self._logged(trainer, "train")})
+        self.epochs.append({**row, **_logged(trainer, "train")})
         self.validation = {}
+        self.write("losses", self.epochs)
+        if len(self.epochs) % self.every_n_epochs == 0:
+            self.draw(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.validation = self._logged(trainer, "val")
+            self.validation = _logged(trainer, "val")
 
-    def _logged(self, trainer: Trainer, split: str) -> dict[str, float]:
-        metrics = trainer.callback_metrics
-        tags = [f"{split}/{name}" for name in self._terms]
-        return {tag: float(metrics[tag]) for tag in tags if tag in metrics}
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # asked for by all processes
+        if trainer.is_global_zero and trainer.loggers:
+            self.folder = Path(str(folder))
+            self.write("test", [{"checkpoint": trainer.ckpt_path, **_logged(trainer, "test")}])
 
     def draw(self, trainer: Trainer) -> None:
         if self.folder is not None and self.epochs:
             self.write("losses", self.epochs)
-            self.show("losses", draw_losses(self.epochs, self._terms), self.epochs[-1]["epoch"])
+            self.show("losses", draw_losses(self.epochs, self._terms), trainer.fit_loop.total_batch_idx)
+
+
+def _logged(trainer: Trainer, split: str) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{split}/")}
 
 
 def draw_losses(epochs: list[dict[str, Any]], terms: Mapping[str, LossTerm]) -> Figure:
-    """Plot the loss terms against epochs, training solid and validation dashed, with a line where the stage changes.
+    """Plot each term of the loss and the accuracy against epochs, on scales of their own.
 
-    A term that does not depend on the data is drawn once.
+    Training and validation share a panel, and a line marks each change of stage. A term that does not depend on the
+    data is drawn once.
 
     Args:
         epochs: rows with ``epoch``, ``stage`` and values by their logged names, such as ``train/cross_entropy``.
         terms: the loss terms by their logged names.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for index, (name, term) in enumerate(terms.items()):
-        splits = {"train": ("-", f"{term.label}, training"), "val": ("--", f"{term.label}, validation")}
-        if not term.depends_on_data:
-            splits = {"train": ("-", term.label)}
-        for split, (dash, label) in splits.items():
-            points = [(row["epoch"], row[tag]) for row in epochs if row.get(tag := f"{split}/{name}") is not None]
-            if points:
-                colour = COLOURS[index % len(COLOURS)]
-                axes.plot(*zip(*points, strict=True), dash, color=colour, linewidth=1.5, label=label)
-    mark_stages(axes, epochs)
-    axes.set(xlabel="epoch", ylabel="loss (nats; penalties as weighted)", yscale="log")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    drawn = {name: term for name, term in terms.items() if any(f"train/{name}" in row for row in epochs)}
+    figure = Figure(figsize=(8, 1.2 + 1.9 * (len(drawn) + 1)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(drawn) + 1, sharex=True, squeeze=False).flatten()
+    for axes, (name, term) in zip(panels, drawn.items(), strict=False):
+        _plot(axes, epochs, name, SPLITS if term.depends_on_data else ("train",))
+        axes.set_ylabel(f"{term.label}\n({'nats' if name == 'cross_entropy' else 'weighted'})")
+        if axes.dataLim.y1 > 10 * axes.dataLim.minposy:
+            axes.set_yscale("log")
+    _plot(panels[-1], epochs, "accuracy", SPLITS, scale=100)
+    panels[-1].set(ylabel="accuracy\n(%)", xlabel="epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels:
+        mark_stages(axes, [row["epoch"] for row in epochs], [row["stage"] for row in epochs], labels=axes is panels[0])
+        axes.grid(alpha=0.25)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside upper center")
     return figure
+
+
+def _plot(axes: Axes, epochs: list[dict[str, Any]], name: str, splits: Any, scale: float = 1) -> None:
+    for split in splits:
+        label, colour = SPLITS[split]
+        points = [(row["epoch"], scale * row[tag]) for row in epochs if row.get(tag := f"{split}/{name}") is not None]
+        if points:
+            mark = "." if len(points) == 1 else ""  # a line needs two epochs
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, marker=mark, label=label)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -137,23 +136,24 @@ class StageCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, pl_module)
+        self._report(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_reported:  # the checkpoint is of a run that was killed at its end
-            self._report(trainer, pl_module)
+            self._report(trainer)
             for logger in trainer.loggers:
                 logger.finalize("success")  # again
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _report(self, trainer: Trainer) -> None:
         self._is_reported = True
         if trainer.is_global_zero and self.stages and self._is_saving(trainer):
             print(f"\n{self.table()}")
-            best = {f"best/{stage}": best["value"] for stage, best in self.stages.items() if best["value"] is not None}
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):  # for its "HParams" tab
-                    theirs = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
-                    logger.log_hyperparams(theirs, best)
+            self._log_best(trainer)  # a run that was killed may have lost what it logged before
+
+    def _log_best(self, trainer: Trainer) -> None:
+        values = {f"best/{stage}": best["value"] for stage, best in self.stages.items() if best["value"] is not None}
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=trainer.fit_loop.total_batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # SIGTERMException is raised between two batches; after anything else, the state may be half updated.
@@ -197,6 +197,7 @@ class StageCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(self.folder / file, self.save_weights_only)
         if trainer.is_global_zero:
             write_whole(self.folder / RECORD, f"{json.dumps(self.stages, indent=2)}\n".encode())
+            self._log_best(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
         if self.save_last:

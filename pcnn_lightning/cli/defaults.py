@@ -6,7 +6,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from pcnn_lightning.callbacks import (
     Diversity,
@@ -20,6 +19,7 @@ from pcnn_lightning.callbacks import (
     StageProgressBar,
     StageSwitch,
 )
+from pcnn_lightning.loggers import StageLogger
 
 OPTIONAL: dict[str, type[Callback]] = {"stage_switch": StageSwitch}
 """Callbacks that a run has only if its configuration says so."""
@@ -69,7 +69,7 @@ def trainer_arguments(run: Namespace) -> dict[str, Any]:
     if run["checkpoint"] is None and not any(isinstance(one, Checkpoint) for one in callbacks):
         arguments["enable_checkpointing"] = False  # otherwise Lightning adds a checkpoint callback of its own
     if arguments["logger"] in (None, True):
-        arguments["logger"] = TensorBoardLogger(save_dir=run_dir, name="", default_hp_metric=False)
+        arguments["logger"] = StageLogger(run_dir)
     logger = _listed(arguments["logger"])
     if arguments["default_root_dir"] is None:
         arguments["default_root_dir"] = run_dir

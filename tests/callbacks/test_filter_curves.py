@@ -12,7 +12,7 @@ from tiny import Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn, tiny_trainer
 from torch import nn
 
 from pcnn_lightning.callbacks import filter_curves
-from pcnn_lightning.callbacks.drawing import choose_layer
+from pcnn_lightning.callbacks.drawing import choose_layers
 from pcnn_lightning.callbacks.filter_curves import FilterCurves, draw_filters
 from pcnn_lightning.errors import InputError
 
@@ -124,7 +124,7 @@ def test_tensorboard_has_mean_and_deviation_of_each_plane(tmp_path, model):
     fit(MODELS[model](), max_epochs=2, callbacks=[curves], logger=logger)
     layer = "features.stage1.0.conv" if model == "PCNN" else "features.stem"
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
-    for plane, values in enumerate(curves.values.double().flatten(2).unbind(1)):
+    for plane, values in enumerate(curves.values[layer].double().flatten(2).unbind(1)):
         means = values.sum(1) / values.shape[1]
         deviations = ((values - means[:, None]).square().sum(1) / values.shape[1]).sqrt()
         for name, expected in (("mean", means), ("std", deviations)):
@@ -196,8 +196,8 @@ def test_layers_of_any_network_are_found():
             super().__init__()
             self.first, self.second = nn.Conv2d(1, 4, 3), next(iter(tiny_pcnn().one_bit_layers.values()))
 
-    assert choose_layer(Other(), None)[0] == "second"
-    assert choose_layer(nn.Conv2d(1, 4, 3), None) is None
+    assert list(choose_layers(Other(), None)) == ["second"]
+    assert choose_layers(nn.Conv2d(1, 4, 3), None) == {}
 
 
 def test_wrong_arguments_raise():
@@ -232,7 +232,7 @@ def test_training_is_the_same_bit_for_bit(model):
 
 def test_a_panel_shows_nine_elements_and_their_mean_dotted():
     values = torch.randn(5, 4, 3, 3)
-    figure = draw_filters([0, 2, 4, 6, 8], values, "|M|", "stem")
+    figure = draw_filters([0, 2, 4, 6, 8], ["binary"] * 5, values, "|M|", "stem")
     assert [axes.get_title() for axes in figure.axes] == ["plane 0", "plane 1", "plane 2", "plane 3"]
     for plane, axes in enumerate(figure.axes):
         *lines, mean = axes.get_lines()
@@ -247,6 +247,25 @@ def test_a_panel_shows_nine_elements_and_their_mean_dotted():
 
 @pytest.mark.parametrize(("planes", "panels"), [(1, 1), (3, 3), (16, 8)])
 def test_there_are_at_most_eight_panels(planes, panels):
-    figure = draw_filters([0, 1], torch.rand(2, planes, 1, 1), "W", "conv")
+    figure = draw_filters([0, 1], ["binary"] * 2, torch.rand(2, planes, 1, 1), "W", "conv")
     assert len(figure.axes) == panels
     assert ("first 8 of 16" in figure.get_suptitle()) == (planes == 16)
+
+
+def test_the_switch_is_marked_in_each_panel():
+    stages = ["ternary", "ternary", "binary"]
+    figure = draw_filters([0, 10, 20], stages, torch.rand(3, 2, 1, 1), "W", "conv")
+    assert [set(axes.lines[-1].get_xdata()) for axes in figure.axes] == [{15}, {15}]
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["ternary", "binary"], []]
+
+
+def test_a_pattern_names_several_layers(tmp_path):
+    curves = FilterCurves("features.stage[12].*", every_n_steps=1)
+    model = tiny_pcnn()
+    fit(model, callbacks=[curves], default_root_dir=tmp_path)
+    names = ["features.stage1.0.conv", "features.stage2.0.conv"]
+    assert list(curves.values) == names
+    for name in names:
+        assert torch.equal(curves.values[name][-1], model.one_bit_layers[name].filters())
+        assert (tmp_path / f"filters_{name}.csv").exists()
+        assert (tmp_path / f"filters_{name}.png").exists()

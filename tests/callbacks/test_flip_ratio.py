@@ -112,7 +112,7 @@ def test_flips_are_in_tensorboard_a_table_and_a_picture(tmp_path, family):
         assert not any(tag.startswith("zeros/") for tag in events.Tags()["scalars"])
         assert "flips/features.stem" in events.Tags()["scalars"]
         assert zeros == [False] * 3
-    assert events.Images("flips")[-1].step == 2
+    assert events.Images("flips")[-1].step == 11, "the last batch"
     assert Path(logger.log_dir, "flips.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,9 +4,10 @@ import csv
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import PROGRESSIVE, Stop, fit, tiny_pcnn
+from tiny import PROGRESSIVE, Stop, fit, tiny_digits, tiny_pcnn, tiny_trainer
 
 from pcnn_lightning import LossCurves, StageSwitch
 from pcnn_lightning.callbacks.loss_curves import draw_losses
@@ -35,14 +36,11 @@ def test_an_error_before_training_is_not_hidden():
 def test_loss_curves_are_in_tensorboard_a_table_and_a_picture(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_pcnn(**PROGRESSIVE), max_epochs=3, callbacks=[StageSwitch(2), LossCurves()], logger=logger)
-    losses = ("cross_entropy", "projection_loss", "center_loss")
+    losses = ("cross_entropy", "projection_loss", "center_loss", "loss", "accuracy")
     names = {f"{split}/{loss}" for split in ("train", "val") for loss in losses}
 
     events = EventAccumulator(logger.log_dir).Reload()
     assert names <= set(events.Tags()["scalars"])
-    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode()
-    assert "projection_loss" in layout
-    assert "cross_entropy" in layout
 
     with Path(logger.log_dir, "losses.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -64,12 +62,56 @@ def test_loss_curves_survive_a_broken_run(tmp_path):
 
 def test_the_picture_marks_the_switch():
     rows = [
-        {"epoch": epoch, "stage": stage, "train/cross_entropy": 1.0, "val/cross_entropy": 1.1, "train/center_loss": 0.1}
+        {
+            "epoch": epoch,
+            "stage": stage,
+            "train/cross_entropy": 1.0,
+            "val/cross_entropy": 1.1,
+            "train/center_loss": 0.1,
+            "train/accuracy": 0.5 + epoch / 10,
+            "val/accuracy": 0.5,
+        }
         for epoch, stage in enumerate(["ternary", "ternary", "binary"])
     ]
     terms = {"cross_entropy": CrossEntropy(), "center_loss": CenterLoss(10, 2, 1.0)}
-    axes = draw_losses(rows, terms).axes[0]
-    assert [(text.get_text(), text.get_ha()) for text in axes.texts] == [("ternary", "right"), ("binary", "left")]
-    assert {text.xy[0] for text in axes.texts} == {1.5}
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["cross-entropy, training", "cross-entropy, validation", "center loss, training"]
+    figure = draw_losses(rows, terms)
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "cross-entropy\n(nats)",
+        "center loss\n(weighted)",
+        "accuracy\n(%)",
+    ]
+    assert [[line.get_label() for line in axes.lines][:-1] for axes in figure.axes] == [
+        ["training", "validation"],
+        ["training"],
+        ["training", "validation"],
+    ]
+    for axes in figure.axes:
+        assert set(axes.lines[-1].get_xdata()) == {1.5}, "the switch is marked in each panel"
+    texts = figure.axes[0].texts
+    assert [(text.get_text(), text.get_ha()) for text in texts] == [("ternary", "right"), ("binary", "left")]
+    assert list(figure.axes[2].lines[0].get_ydata()) == [50, 60, 70]
+
+
+def test_the_table_grows_with_every_epoch_and_the_figure_every_few(tmp_path, monkeypatch):
+    seen = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            with Path("losses.csv").open(newline="") as file:
+                seen.append((len(list(csv.DictReader(file))), Path("losses.png").exists()))
+
+    monkeypatch.chdir(tmp_path)
+    trainer = {"max_epochs": 3, "default_root_dir": tmp_path}
+    fit(tiny_pcnn(), callbacks=[LossCurves(every_n_epochs=2), Look()], **trainer)
+    assert seen == [(1, False), (2, True), (3, True)]
+
+
+def test_a_test_of_the_run_leaves_its_metrics(tmp_path):
+    logger, data = TensorBoardLogger(tmp_path, name="run"), tiny_digits()
+    trainer = tiny_trainer(logger=logger, callbacks=[LossCurves()])
+    model = tiny_pcnn()
+    trainer.fit(model, datamodule=data)
+    (found,) = trainer.test(model, datamodule=data)
+    with Path(logger.log_dir, "test.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {name: float(value) for name, value in row.items() if name != "checkpoint"} == pytest.approx(found)
