@@ -170,6 +170,10 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         if "epoch" not in names:  # Lightning logs it along with everything else
             continue
         epochs = {event.step: int(event.value) for event in events.Scalars("epoch")}
+        if max(epochs) == 0 and not any(name.startswith("train/") for name in names):
+            names = [
+                name for name in names if name.startswith("test/")
+            ]  # of `validate`, which has a step of its own, 0
         for name in names:
             found = [(event.step, event.value) for event in events.Scalars(name) if event.step in epochs]
             points = [(step, epochs[step], value) for step, value in found]
@@ -191,11 +195,19 @@ def read_tables(folder: Path) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for file in filter(Path.is_file, (folder / name for name in TABLES)):
         curves: dict[str, Curve] = defaultdict(list)
+        latest = 0
         with file.open(newline="", encoding="utf-8", errors="replace") as lines:
             for row in csv.DictReader(line.replace("\0", "") for line in lines):
-                for name, cell in row.items():
-                    with suppress(KeyError, TypeError, ValueError):
-                        curves[name].append((int(row["epoch"]), float(STAGES.get(cell, cell))))
+                with suppress(KeyError, TypeError, ValueError):
+                    step = int(row.get("step", latest))
+                    latest, evaluates = (
+                        max(step, latest),
+                        step < latest,
+                    )  # `validate` and `test` have a step of their own
+                    epoch = int(row["epoch"])
+                    for name, cell in row.items():
+                        if cell and (name.startswith("test/") or not evaluates):
+                            curves[name].append((epoch, float(STAGES.get(cell, cell))))
         found |= {name: curve for name, curve in curves.items() if curve}
     return found
 

@@ -83,10 +83,8 @@ def test_what_is_logged_is_above_the_bar(monkeypatch):
 
     errors = Terminal()
     monkeypatch.setattr(sys, "stderr", errors)
-    logger, handlers = (
-        logging.getLogger("lightning.pytorch"),
-        [logging.StreamHandler(errors), logging.FileHandler("log")],
-    )
+    logger = logging.getLogger("lightning.pytorch")
+    handlers = [logging.StreamHandler(errors), logging.FileHandler("log")]
     for handler in handlers:
         logger.addHandler(handler)
     try:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.image import imread
 from rich.cells import cell_len
-from tiny import fit, tiny_digits, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
 from torch.utils.tensorboard import SummaryWriter
 
 import pcnn_lightning.reports
@@ -319,6 +319,25 @@ def test_a_damaged_file_is_read_up_to_the_damage(damage):
     file.write_bytes(content[:-40] if damage == "cut" else content[:-200] + b"\0" * 200)
     assert read_curves(folder)["val/accuracy"][:2] == [(0, 0.25), (1, 0.5)]
     assert compare_runs([folder])
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_a_later_validation_into_the_same_folder_is_not_part_of_the_run(logger):
+    model, data = tiny_pcnn(), tiny_digits()
+    fit(model, data, max_epochs=3, logger=logger("."))
+    before = read_run(Path("lightning_logs")).curves["val/accuracy"]
+    assert [epoch for epoch, _ in before] == [0, 1, 2]
+    folder = Path("lightning_logs/version_0")
+    if logger is TensorBoardLogger:
+        tiny_trainer(logger=logger(".", version=0)).validate(model, datamodule=data, verbose=False)
+        assert len(list(folder.glob("events*"))) == 2
+    else:  # which the command line lets go on with its table
+        with (folder / "metrics.csv").open("r+") as file:
+            names = next(file).strip().split(",")
+            row = {"epoch": "0", "step": "0", "val/accuracy": "0.5"}
+            file.seek(0, 2)
+            file.write(",".join(row.get(name, "") for name in names) + "\n")
+    assert read_run(Path("lightning_logs")).curves["val/accuracy"] == before
 
 
 def test_a_run_without_tensorboard():
