@@ -6,12 +6,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from pcnn_lightning.tables import terminal_width
+
 
 class EpochLines(Callback):
     """Print a line at the end of each epoch: stage, losses, accuracy, learning rates, seconds, and the time left.
 
     Where there are two numbers, the first is of training and the second of validation. The time left is that of the
-    remaining epochs, at the mean pace of the epochs of this process. The header is repeated when the stage changes.
+    remaining epochs, at the mean pace of the epochs of this process. The learning rates are left out where the line
+    would be wider than the terminal. The header is repeated when the columns change.
     """
 
     def __init__(self) -> None:
@@ -32,20 +35,29 @@ class EpochLines(Callback):
         self._seconds, self._epochs = self._seconds + seconds, self._epochs + 1
         columns = {"epoch": _place(trainer), "stage": str(pl_module.stage), **_metrics(trainer, pl_module)}
         groups = trainer.optimizers[0].param_groups
-        columns["/".join(("η₁", "η₂")[: len(groups)])] = "/".join(f"{group['lr']:.1g}" for group in groups)
+        rates = "/".join(("η₁", "η₂")[: len(groups)])
+        columns[rates] = "/".join(f"{group['lr']:.1g}" for group in groups)
         columns["s"] = f"{seconds:.1f}"
         if (trainer.max_epochs or -1) > 0:
             columns["left"] = _duration(self._seconds / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1))  # type: ignore[operator]
-        widths = [max(len(name), WIDTHS.get(name, len(cell))) for name, cell in columns.items()]
-        header = " ".join(name.rjust(width) for name, width in zip(columns, widths, strict=True))
+        header, line = _aligned(columns)
+        if len(header) > terminal_width():
+            del columns[rates]
+            header, line = _aligned(columns)
         if header != self._header:
             self._header = header
             print(header)
-        print(" ".join(cell.rjust(width) for cell, width in zip(columns.values(), widths, strict=True)), flush=True)
+        print(line, flush=True)
 
 
 WIDTHS = {"epoch": 7, "stage": 7, "η₁": 8, "η₁/η₂": 13, "accuracy": 11, "s": 5, "left": 7}
 """Of columns whose cells would vary in width; together with the losses of PCNN, 80."""
+
+
+def _aligned(columns: dict[str, str]) -> tuple[str, str]:
+    widths = [max(len(name), WIDTHS.get(name, len(cell))) for name, cell in columns.items()]
+    header, line = (" ".join(map(str.rjust, cells, widths)) for cells in (columns, columns.values()))
+    return header, line
 
 
 def _place(trainer: Trainer) -> str:

@@ -16,7 +16,7 @@ from pcnn_lightning.checks import check_bool, check_choice
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
 from pcnn_lightning.stages import STAGES
-from pcnn_lightning.tables import aligned
+from pcnn_lightning.tables import text_table
 
 RECORD, LAST = "stages.json", "last.ckpt"
 
@@ -174,7 +174,7 @@ class StageCheckpoint(ModelCheckpoint):
         for stage, best in self.stages.items():
             value = "not validated" if best["value"] is None else f"{best['value']:.4f}"
             rows.append((stage, value, str(best["epoch"]), best["checkpoint"]))
-        return "\n".join(aligned(rows))
+        return text_table(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"dirpath": self.dirpath, "stages": self.stages}

@@ -1,13 +1,15 @@
 """Comparison of finished runs: their curves in one figure, their best epochs in one table."""
 
+import csv
 import io
 import math
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -22,9 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
 from pcnn_lightning.stages import STAGES
-from pcnn_lightning.tables import aligned
+from pcnn_lightning.tables import filled, text_table
 
 EVENTS = "events.out.tfevents.*"
+TABLES = ("losses.csv", "metrics.csv")
+"""Files of ``LossCurves`` and of a ``CSVLogger``."""
 NAMES = {number: name for name, number in STAGES.items()}
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
@@ -55,17 +59,32 @@ class Run:
         """The stage of each epoch, in order; empty if none was logged."""
         return {epoch: NAMES.get(int(stage), "") for epoch, stage in self.curves.get("stage", [])}
 
-    def best(self, metric: str, stage: str) -> tuple[int, float] | None:
-        """Epoch and value of the first best validation in ``stage``, which is "" if no stage was logged."""
+    def points(self, name: str, stage: str) -> Curve:
+        """The finite values of a curve in ``stage``, which is "" if no stage was logged."""
         stages = self.stages()
         latest = next(reversed(stages.values()), "")  # an interrupted epoch may have validations, but no stage
-        points = [
+        return [
             (epoch, value)
-            for epoch, value in self.curves[f"val/{metric}"]
+            for epoch, value in self.curves.get(name, [])
             if stages.get(epoch, latest) == stage and math.isfinite(value)
         ]
-        better = max if "accuracy" in metric else min
-        return better(points, key=lambda point: point[1], default=None)
+
+    def results(self, metric: str) -> list[dict[str, Any]]:
+        """A row per stage: the number of epochs, the first best validation with its epoch, and the last values.
+
+        The result of a test is that of the run, and stands in the row of its last stage.
+        """
+        rows: list[dict[str, Any]] = []
+        for stage in dict.fromkeys(self.stages().values()) or [""]:
+            validations, training = self.points(f"val/{metric}", stage), self.points(f"train/{metric}", stage)
+            better = max if "accuracy" in metric else min
+            at, best = better(validations, key=lambda point: point[1], default=(None, None))
+            epochs = {epoch for epoch, _ in (*validations, *training)}
+            last = {"val": validations[-1:], "train": training[-1:]}
+            values = {split: points[0][1] if points else None for split, points in last.items()}
+            rows.append({"stage": stage, "epochs": len(epochs), "best": best, "at": at, **values, "test": None})
+        rows[-1]["test"] = self.last(f"test/{metric}")
+        return rows
 
     def changes(self) -> list[tuple[float, str]]:
         """Position of each change of stage on the epoch axis, and its label."""
@@ -117,12 +136,13 @@ def read_run(path: Path, metric: str = "accuracy") -> Run:
     """
     if not path.is_dir():
         raise InputError(f"{path}: there is no such folder")
-    files = list(path.glob(EVENTS)) or list(path.rglob(EVENTS))
+    logs = (EVENTS, *TABLES)
+    files = [*chain(*map(path.glob, logs))] or [*chain(*map(path.rglob, logs))]
     if not files:
-        raise InputError(f"{path} holds no TensorBoard logs ({EVENTS}), nor does a folder below it")
+        raise InputError(f"{path} holds no logs ({', '.join(logs)}), nor does a folder below it")
     held: set[str] = set()
     for folder in dict.fromkeys(file.parent for file in sorted(files, key=_start, reverse=True)):
-        curves = read_curves(folder)
+        curves = {**read_tables(folder), **read_curves(folder)}
         if f"val/{metric}" in curves and any(name.startswith("train/") for name in curves):
             return Run(folder, curves, read_settings(folder))
         held.update(curves)
@@ -150,6 +170,10 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         if "epoch" not in names:  # Lightning logs it along with everything else
             continue
         epochs = {event.step: int(event.value) for event in events.Scalars("epoch")}
+        if max(epochs) == 0 and not any(name.startswith("train/") for name in names):
+            names = [
+                name for name in names if name.startswith("test/")
+            ]  # of `validate`, which has a step of its own, 0
         for name in names:
             found = [(event.step, event.value) for event in events.Scalars(name) if event.step in epochs]
             points = [(step, epochs[step], value) for step, value in found]
@@ -158,9 +182,34 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return {name: [(epoch, value) for _, epoch, value in points] for name, points in curves.items()}
 
 
-def _start(file: Path) -> list[int]:
-    """Sort key of event files: names begin with the time in seconds, and end with process and count within it."""
-    return [int(number) for number in re.findall(r"\d+", file.name)]
+def _start(file: Path) -> tuple[list[int], ...]:
+    """Sort key of logs: names of event files begin with the time in seconds, and end with process and count within it.
+
+    The names of tables have no numbers, but those of their folders have: ``version_10``.
+    """
+    return tuple([int(number) for number in re.findall(r"\d+", name)] for name in (file.name, file.parent.name))
+
+
+def read_tables(folder: Path) -> dict[str, Curve]:
+    """Read all scalars in the CSV files of ``folder``, against epochs. Cells that are not numbers are skipped."""
+    found: dict[str, Curve] = {}
+    for file in filter(Path.is_file, (folder / name for name in TABLES)):
+        curves: dict[str, Curve] = defaultdict(list)
+        latest = 0
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+            for row in csv.DictReader(line.replace("\0", "") for line in lines):
+                with suppress(KeyError, TypeError, ValueError):
+                    step = int(row.get("step", latest))
+                    latest, evaluates = (
+                        max(step, latest),
+                        step < latest,
+                    )  # `validate` and `test` have a step of their own
+                    epoch = int(row["epoch"])
+                    for name, cell in row.items():
+                        if cell and (name.startswith("test/") or not evaluates):
+                            curves[name].append((epoch, float(STAGES.get(cell, cell))))
+        found |= {name: curve for name, curve in curves.items() if curve}
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, str]:
@@ -251,30 +300,37 @@ def label_runs(runs: Sequence[Run]) -> None:
             run.label = f"{run.label} ({folder})" if run.label else folder
 
 
+HEADERS = {
+    "stage": "stage",
+    "epochs": "epochs",
+    "best": "best\nval",
+    "at": "at\nepoch",
+    "val": "last\nval",
+    "train": "last\ntrain",
+    "test": "test",
+}
+"""Columns of the table, after the run."""
+
+
 def table(runs: Sequence[Run], metric: str = "accuracy") -> str:
-    """Format a line per run: best validation of each stage with its epoch, last values, and test results if any."""
-    occurring = {stage for run in runs for stage in run.stages().values() or [""]}
-    stages = [stage for stage in (*STAGES, "") if stage in occurring]
-    tested = any(run.last(f"test/{metric}") is not None for run in runs)
-    header = ["run"]
-    for stage in stages:
-        header += [f"{stage} best val".strip(), "epoch"]
-    rows = [[*header, "last val", "last train", *(["test"] if tested else []), "logs"]]
-    for run in runs:
-        row = [run.label]
-        for stage in stages:
-            epoch, value = run.best(metric, stage) or ("-", None)
-            row += [_say(value, metric), str(epoch)]
-        splits = ["val", "train", *(["test"] if tested else [])]
-        rows.append([*row, *(_say(run.last(f"{split}/{metric}"), metric) for split in splits), _shown(str(run.folder))])
-    lines = aligned([row[:-1] for row in rows])
-    return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
+    """Format the results of each run: its label and folder, and a line per stage."""
+    results = [run.results(metric) for run in runs]
+    shown = [name for name in HEADERS if any(row[name] not in (None, "") for rows in results for row in rows)]
+    lines = [["run", *(HEADERS[name] for name in shown)]]
+    for run, rows in zip(runs, results, strict=True):
+        folder = _shown(str(run.folder))
+        columns = ([_say(row[name], metric) for row in rows] for name in shown)
+        label = folder if folder.endswith(run.label) else f"{run.label}\n{folder}"
+        lines.append([label, *("\n".join(column) for column in columns)])
+    return f"{filled(UNITS.get(metric, metric))}\n\n{text_table(lines)}"
 
 
-def _say(value: float | None, metric: str) -> str:
+def _say(value: str | int | float | None, metric: str) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:.2f} %" if "accuracy" in metric else f"{value:.4f}"
+    if isinstance(value, float):
+        return f"{100 * value:.2f}" if "accuracy" in metric else f"{value:.4f}"
+    return str(value)
 
 
 def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:

@@ -22,17 +22,20 @@ import copy
 import csv
 import io
 import json
+import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
+from itertools import chain, takewhile, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation
-from pcnn_lightning.tables import aligned
+from pcnn_lightning.tables import filled, terminal_width, text_table
 
 Multiplier = nn.Conv2d | nn.Linear | QuantizedConv2d
 """Layers with multiply-accumulates: ``weight[0].numel()`` for each element of the output."""
@@ -40,15 +43,17 @@ Multiplier = nn.Conv2d | nn.Linear | QuantizedConv2d
 HEADERS = {
     "layer": "layer",
     "output_shape": "output",
-    "parameters_1bit": "1-bit",
-    "parameters_2bit": "2-bit",
-    "parameters_32bit": "32-bit",
-    "training_kB": "train kB",
-    "inference_kB": "infer kB",
-    "macs_1bit": "1-bit MACs",
-    "macs_32bit": "32-bit MACs",
+    "parameters_1bit": "param\n1-bit",
+    "parameters_2bit": "param\n2-bit",
+    "parameters_32bit": "param\n32-bit",
+    "training_bytes": "bytes\ntrain",
+    "inference_bytes": "bytes\ninfer",
+    "macs_1bit": "MACs\n1-bit",
+    "macs_32bit": "MACs\n32-bit",
 }
 """Columns of the table."""
+WIDEST = 1000
+"""Wider than any table."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,11 @@ class LayerSummary:
         memory = {"training_kB": self.values_training * 4 / 1000, "inference_kB": self.bits / 8000}
         return content | {"output_shape": _times(self.output_shape)} | memory | {"operations": self.operations}
 
+    def counts(self) -> dict[str, Any]:
+        """Return the columns of the table."""
+        memory = {"training_bytes": 4 * self.values_training, "inference_bytes": self.bits / 8}
+        return asdict(self) | {"output_shape": _times(self.output_shape)} | memory
+
 
 @dataclass(frozen=True)
 class NetworkSummary:
@@ -125,22 +135,31 @@ class NetworkSummary:
         return self.twin_bits / self.total.bits
 
     def table(self) -> str:
-        """Format a table without all-zero columns, followed by operations and compression."""
+        """Format a table without all-zero columns, followed by parameters, operations and compression.
+
+        Equal layers in a row share a row. Where exact numbers would be wider than the terminal, the table has three
+        significant digits.
+        """
         total = self.total
-        contents = [row.as_dict() for row in (*self.layers, total)]
-        shown = [column for column in HEADERS if contents[-1][column] != 0]
-        rows = [[HEADERS[column] for column in shown]]
-        rows += [[_cell(content[column]) for column in shown] for content in contents]
-        lines = aligned(rows)
-        rule = "-" * len(lines[0])
-        words = [
-            "1 kB is 1000 bytes; training takes gradients, optimizer state and activations on top.",
+        counts = [row.counts() for row in (*_grouped(self.layers), total)]
+        shown = [column for column in HEADERS if counts[-1][column] != 0]
+        header = [HEADERS[column] for column in shown]
+        exact, short = ([header, *([form(row[name]) for name in shown] for row in counts)] for form in (_exact, _short))
+        table = text_table(exact, total=True, width=WIDEST)
+        words = []
+        if max(map(len, table.splitlines())) > terminal_width():
+            table = text_table(short, total=True, gap=1)
+            words = ["k, M and G are 10^3, 10^6 and 10^9; `summary --format csv` has exact numbers."]
+        sizes = ((1, total.parameters_1bit), (2, total.parameters_2bit), (32, total.parameters_32bit))
+        stored = ", ".join(f"{count:,} at {bits} bit{'s' * (bits > 1)}" for bits, count in sizes if count)
+        words += [
+            f"Parameters at inference: {stored}. Training takes gradients, optimizer state and activations on top.",
             f"Operations on {_times(self.image_shape)}: {total.operations:,.0f} (32-bit MACs + 1-bit MACs / 64) "
             f"against {total.macs_1bit + total.macs_32bit:,} of the full-precision twin.",
             f"Compression: {_megabits(total.bits)} at inference against {_megabits(self.twin_bits)} "
             f"of the full-precision twin, {self.compression:.1f}x.",
         ]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *words])
+        return "\n".join([table, "", *map(filled, words)])
 
     def to_csv(self) -> str:
         """Format as CSV: a header, a line per row, and the total."""
@@ -248,11 +267,44 @@ def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _cell(value: str | int | float) -> str:
-    if value == 0:
-        return "-"
-    # kB to the byte, so that a column adds up to its total.
-    return value if isinstance(value, str) else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+def _grouped(rows: Sequence[LayerSummary]) -> list[LayerSummary]:
+    """Sum up equal layers that follow each other, if one name says which they are: ``6 × features.stage1.0-5.conv``."""
+    found: list[LayerSummary] = []
+    while rows:
+        first = replace(rows[0], layer="")
+        group = list(takewhile(lambda row: replace(row, layer="") == first, rows))  # noqa: B023  (used at once)
+        while (name := _span([row.layer for row in group])) is None:
+            group.pop()
+        together = replace(_sum(f"{len(group)} × {name}", first.kind, group), output_shape=first.output_shape)
+        found.append(together if len(group) > 1 else group[0])
+        rows = rows[len(group) :]
+    return found
+
+
+def _span(names: Sequence[str]) -> str | None:
+    """One name for all names that differ in numbers only, such as ``0-2.conv1-2`` for six; None if there is none."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    numbers = [sorted(set(map(int, column))) for column in zip(*(parts[1::2] for parts in split), strict=False)]
+    gapless = all(last - first + 1 == len(each) for each in numbers for first, last in [(each[0], each[-1])])
+    if len({tuple(parts[::2]) for parts in split}) > 1 or math.prod(map(len, numbers)) != len(names) or not gapless:
+        return None
+    ranges = [f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in numbers]
+    return "".join(chain.from_iterable(zip_longest(split[0][::2], ranges, fillvalue="")))
+
+
+def _exact(value: str | int | float) -> str:
+    return "-" if value == 0 else value if isinstance(value, str) else f"{value:,.0f}"
+
+
+def _short(value: str | int | float) -> str:
+    """Three significant digits: 37, 1.25k, 64.0M."""
+    if isinstance(value, str) or value == 0:
+        return _exact(value)
+    units = iter(("", "k", "M", "G", "T", "P"))
+    unit = next(units)
+    while value >= 999.5:
+        value, unit = value / 1000, next(units)
+    return f"{value:#.3g}".rstrip(".") + unit if unit else f"{value:.3g}"
 
 
 def _megabits(bits: int) -> str:

@@ -39,6 +39,18 @@ def test_terms_that_begin_later_get_a_new_header(capsys):
     assert len(lines) == 5
 
 
+def test_learning_rates_are_left_out_where_they_have_no_room(capsys, monkeypatch):
+    model = {"center_loss_weight": 1e-3, "projection_loss_weight": 0.1}
+    narrow = lines_of(capsys, model=tiny_pcnn(**model))
+    monkeypatch.setenv("COLUMNS", "94")
+    wide = lines_of(capsys, model=tiny_pcnn(**model))
+    assert [{len(line) for line in lines} for lines in (narrow, wide)] == [{80}, {94}]
+    assert [header.split()[4:] for header, _ in (narrow, wide)] == [
+        ["center", "accuracy", "s", "left"],
+        ["center", "accuracy", "η₁/η₂", "s", "left"],
+    ]
+
+
 def test_a_run_without_an_end_and_without_validation(capsys):
     header, line = lines_of(capsys, model=tiny_pcnn(), max_epochs=-1, max_steps=4, limit_val_batches=0)
     assert "left" not in header

@@ -69,7 +69,9 @@ class TestConfigs:
 
 def test_fit_prints_the_summary_unless_disabled(command):
     arguments = [argument for argument in FIT if argument != "--trainer.enable_model_summary=false"]
-    assert "Compression: " in command(*arguments, "--model.stage=ternary", "--trainer.limit_train_batches=1").out
+    run = command(*arguments, "--model.stage=ternary", "--trainer.limit_train_batches=1")
+    assert "Compression: " in run.out
+    assert max(map(len, run.out.splitlines())) <= 80
     assert "Compression: " not in command(*FIT, "--trainer.limit_train_batches=1").out
 
 

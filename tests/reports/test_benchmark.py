@@ -60,7 +60,7 @@ def test_contenders_take_turns_after_warm_up(clock):
     report = compare_rounds("sleep", 10, {"slow": slow, "fast": fast}, Setting(CPU, rounds=3, warmup=2))
     assert turns == ["slow", "fast"] * 2 + ["slow", "fast"] + ["slow", "fast"] * 3  # one each for the memory
     assert report.milliseconds == {"slow": {"work": 4000}, "fast": {"work": 4000}}
-    assert report.ratios == {"slow": 1, "fast": 2}  # the median of 4, 2 and 1
+    assert report.speed_ups == {"slow": 1, "fast": 2}  # the median of 4, 2 and 1
 
 
 @given(megabytes=st.integers(1, 40))
@@ -76,21 +76,52 @@ def test_peak_memory_counts_live_tensors(megabytes):
 
 
 def test_the_table():
-    times = {"PCNN": {"forward": 1.5, "step": 2.0}, "twin": {"forward": 1.0, "step": 1.6}}
-    report = Report("a title", 8, times, {"PCNN": 3.0, "twin": 2.5}, {"PCNN": 1.0, "twin": 1.25})
+    times = {"twin": {"forward": 1.0, "step": 1.6}, "PCNN": {"forward": 1.5, "step": 2.0}}
+    report = Report("a title", 8, times, {"twin": 2.5, "PCNN": 3.0}, {"twin": 1.0, "PCNN": 0.8})
     assert report.table().splitlines() == [
         "a title",
         "",
-        "      forward/ms  step/ms  images/s   MB  ratio",
-        "PCNN        1.50     2.00     4,000  3.0   1.00",
-        "twin        1.00     1.60     5,000  2.5   1.25",
+        "                  twin   PCNN",
+        "─────────────────────────────",
+        "forward, ms       1.00   1.50",
+        "step, ms          1.60   2.00",
+        "images/s         5,000  4,000",
+        "peak memory, MB    2.5    3.0",
+        "speed-up          1.00   0.80",
         "",
-        "ratio: step of PCNN by that of the row",
+        "speed-up over twin: above 1 is faster",
     ]
     for found in times.values():
         found |= {"data": 0.05, "step": found.pop("step")}  # the whole comes last
     words = replace(report, loader=1234.4).table().splitlines()[-2:]
     assert words == ["waiting for data: 2.5% of the step of PCNN", "data alone: 1,234 images/s"]
+
+
+def test_a_single_phase_has_a_row_per_contender():
+    times = {"full precision, torch": {"labels": 0.5}, "frozen, C": {"labels": 0.25}}
+    report = Report("a title", 1, times, {}, {"full precision, torch": 1.0, "frozen, C": 2.0})
+    assert report.table().splitlines()[2:6] == [
+        "                       labels, ms  images/s  speed-up",
+        "─────────────────────────────────────────────────────",
+        "full precision, torch        0.50     2,000      1.00",
+        "frozen, C                    0.25     4,000      2.00",
+    ]
+
+
+@given(
+    names=st.lists(st.text("xyz, ", min_size=1, max_size=20), min_size=2, max_size=4, unique=True),
+    phases=st.lists(st.sampled_from(["data", "augment", "forward", "backward", "optimizer"]), max_size=5, unique=True),
+    milliseconds=st.floats(0.01, 99_999),
+)
+def test_no_name_or_number_is_cut_to_fit(names, phases, milliseconds):
+    """Four contenders have all their phases in 80 columns."""
+    times = {name: dict.fromkeys((*phases, "step"), milliseconds) for name in names}
+    report = Report("title " * 40, 128, times, dict.fromkeys(names, 99_999.9), dict.fromkeys(names, 1.0))
+    shown = report.table()
+    assert max(map(len, shown.splitlines())) <= max(80, 15 + sum(2 + max(len(name), 8) for name in names))
+    assert shown.count(f"{milliseconds:.2f}") >= len(names) * (len(phases) + 1)
+    assert shown.count("99,999.9") == len(names)
+    assert all(name.strip() in shown for name in names)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +171,7 @@ def test_images_are_counted_where_there_are_fewer_than_a_batch():
 @pytest.mark.parametrize("setting", [ONCE, Setting(CPU, "bf16-mixed", channels_last=True, rounds=2, warmup=1)], ids=str)
 def test_training(setting):
     report = benchmark_training(tiny_pcnn(), tiny_digits(), setting)
-    assert list(report.milliseconds) == list(report.megabytes) == list(report.ratios) == ["PCNN", "full precision"]
+    assert list(report.milliseconds) == list(report.megabytes) == list(report.speed_ups) == ["full precision", "PCNN"]
     for times in report.milliseconds.values():
         assert list(times) == ["data", "augment", "forward", "backward", "optimizer", "step"]
         assert 0 < times["forward"] < times["step"]
@@ -184,7 +215,8 @@ def test_inference(model):
     report = benchmark_inference(model, tiny_digits(), 3, ONCE)
     assert list(report.milliseconds) == RUNTIMES
     assert all(list(times) == ["labels"] for times in report.milliseconds.values())
-    assert report.table().splitlines()[2].split() == ["labels/ms", "images/s", "ratio"]
+    assert next(iter(report.speed_ups.values())) == 1
+    assert report.table().endswith("speed-up over full precision, torch: above 1 is faster")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +236,7 @@ def test_a_runtime_that_is_not_installed_takes_no_part(missing, without, message
         monkeypatch.setattr("pcnn_lightning.reports.benchmark.inference.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=f"{without} takes no part: {message}"):
         report = benchmark_inference(tiny_pcnn(), tiny_digits(), 3, ONCE)
-    assert list(report.ratios) == [name for name in RUNTIMES if not name.endswith(f", {without}")]
+    assert list(report.speed_ups) == [name for name in RUNTIMES if not name.endswith(f", {without}")]
 
 
 def test_a_layer_is_timed_at_the_size_it_has_in_the_network():
@@ -212,8 +244,8 @@ def test_a_layer_is_timed_at_the_size_it_has_in_the_network():
     name = "features.stage3.0.conv"
     report = benchmark_layer(model, name, (1, 8, 8), 5, ONCE)
     assert report.title.startswith(f"{name}, 6→4, 3×3 on 5×6×4×4, 32-true")
-    assert list(report.milliseconds)[:2] == ["ProjectionConv2d", "nn.Conv2d"]
-    assert next(iter(benchmark_layer(tiny_mcn(), "features.stem", (1, 8, 8), 5, ONCE).ratios)) == "ModulatedConv2d"
+    assert list(report.milliseconds)[:2] == ["nn.Conv2d", "ProjectionConv2d"]
+    assert "ModulatedConv2d" in benchmark_layer(tiny_mcn(), "features.stem", (1, 8, 8), 5, ONCE).speed_ups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -248,5 +280,5 @@ def test_other_libraries_take_part_where_they_are_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitorch.layers", layers)
     monkeypatch.setattr("pcnn_lightning.reports.benchmark.layer.find_spec", lambda name: name == "bitorch" or None)
     report = benchmark_layer(tiny_pcnn(), "features.stage2.0.conv", (1, 8, 8), 2, ONCE)
-    assert list(report.milliseconds) == ["ProjectionConv2d", "nn.Conv2d", "bitorch"]
+    assert list(report.milliseconds) == ["nn.Conv2d", "ProjectionConv2d", "bitorch"]
     assert made == [((4, 4, (3, 3), (2, 2), (1, 1), (1, 1)), "sign", "sign")]

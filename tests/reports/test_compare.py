@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -7,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.image import imread
-from tiny import fit, tiny_digits, tiny_pcnn
+from rich.cells import cell_len
+from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
 from torch.utils.tensorboard import SummaryWriter
 
 import pcnn_lightning.reports
-from pcnn_lightning import StageSwitch
+from pcnn_lightning import LossCurves, StageSwitch
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.reports.compare import COLOURS, STYLES, draw_runs, label_runs, read_curves, read_run
+from pcnn_lightning.reports.compare import COLOURS, STYLES, Run, draw_runs, label_runs, read_curves, read_run, table
 from pcnn_lightning.reports.compare import compare as compare_runs
 from pcnn_lightning.stages import STAGES
 
@@ -38,7 +42,9 @@ def row(accuracy, stage=BINARY, train=0.5):
 
 
 def cells(table):
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in table.splitlines()]
+    """The cells of the lines below the header."""
+    _, rows = re.split(r"^─+\n", table, flags=re.MULTILINE)
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in rows.splitlines()]
 
 
 TWO_STAGES = [row(0.5, TERNARY), row(0.75, TERNARY), row(0.25), row(0.625, train=0.875)]
@@ -50,31 +56,55 @@ TWO_STAGES = [row(0.5, TERNARY), row(0.75, TERNARY), row(0.25), row(0.625, train
 def test_each_stage_has_its_best_epoch():
     first = write("a", *TWO_STAGES, weight=0.0)
     second = write("b", row(0.5), row(0.5), row(0.25), weight=1e-4)
-    assert cells(compare_runs([first, second])) == [
-        ["run", "ternary best val", "epoch", "binary best val", "epoch", "last val", "last train", "logs"],
-        ["weight=0", "75.00 %", "1", "62.50 %", "3", "62.50 %", "87.50 %", "a"],
-        ["weight=0.0001", "-", "-", "50.00 %", "0", "25.00 %", "50.00 %", "b"],
+    assert compare_runs([first, second]).splitlines() == [
+        "accuracy (%)",
+        "",
+        "                                 best     at   last   last",
+        "run              stage  epochs    val  epoch    val  train",
+        "──────────────────────────────────────────────────────────",
+        "weight=0       ternary       2  75.00      1  75.00  50.00",
+        "a               binary       2  62.50      3  62.50  87.50",
+        "weight=0.0001   binary       3  50.00      0  25.00  50.00",
+        "b",
     ]
-
-
-def test_columns_are_aligned():
-    lines = compare_runs([write("a", *TWO_STAGES, weight=0.0), write("b", row(1.0), weight=1e-4)]).splitlines()
-    for header in ("ternary best val", "binary best val", "last val", "last train"):
-        end = lines[0].index(header) + len(header)
-        assert all(line[end - 1] in "%-" and line[end] == " " for line in lines[1:])
 
 
 def test_test_accuracy_has_a_column_if_logged():
     tested = write("a", row(0.5), {"test/accuracy": 0.375})
     other = write("b", row(0.5))
-    header, *rows = cells(compare_runs([tested, other]))
-    assert header[-2:] == ["test", "logs"]
-    assert [row[-2] for row in rows] == ["37.50 %", "-"]
+    table = compare_runs([tested, other])
+    assert table.splitlines()[3].endswith("  test")
+    assert [row[-1] for row in cells(table)] == ["37.50", "-"]
+    assert "test" not in compare_runs([other])
+
+
+@given(
+    columns=st.integers(72, 200),
+    labels=st.lists(st.text("xqz= 界", min_size=1, max_size=90), min_size=1, max_size=4),
+    values=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+)
+def test_no_name_or_number_is_cut_to_fit(columns, labels, values):
+    epochs = list(enumerate(values, 998))
+    stages = [(998, TERNARY), (999, TERNARY), (1000, BINARY), (1001, BINARY)]
+    curves = {"stage": stages, "val/accuracy": epochs, "train/accuracy": epochs, "test/accuracy": epochs[:1]}
+    runs = [Run(Path("runs") / str(at), curves, {}, label) for at, label in enumerate(labels)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        shown = table(runs)
+    assert max(map(cell_len, shown.splitlines())) <= columns
+    assert [char for char in shown if char in "xqz=界"] == [char for char in "".join(labels) if char != " "]
+    ternary, binary = (max(pair) for pair in (values[:2], values[2:]))
+    for number in (ternary, binary, values[1], values[3], values[0]):
+        assert f" {100 * number:.2f}" in shown
+    for run in runs:
+        assert str(run.folder) in shown
 
 
 def test_lowest_loss_is_best():
     logs = [{"val/loss": value, "train/loss": 1.0, "stage": BINARY} for value in (2.0, math.nan, 0.5, 1.0)]
-    assert cells(compare_runs([write("a", *logs)], metric="loss"))[1][1:4] == ["0.5000", "2", "1.0000"]
+    shown = compare_runs([write("a", *logs)], metric="loss")
+    assert shown.startswith("loss (nats)\n")
+    assert cells(shown) == [["a", "binary", "4", "0.5000", "2", "1.0000", "1.0000"]]
 
 
 def test_of_several_validations_in_an_epoch_the_best_counts():
@@ -84,22 +114,21 @@ def test_of_several_validations_in_an_epoch_the_best_counts():
             writer.add_scalar("val/accuracy", value, step)
         for name, value in (("train/accuracy", 0.5), ("stage", TERNARY)):
             writer.add_scalar(name, value, 9)
-    assert cells(compare_runs(["a"]))[1][1:4] == ["75.00 %", "0", "50.00 %"]
+    assert cells(compare_runs(["a"])) == [["a", "ternary", "1", "75.00", "0", "50.00", "50.00"]]
 
 
 def test_validation_in_an_epoch_that_was_broken_off_belongs_to_the_stage_so_far():
-    assert cells(compare_runs([write("a", *TWO_STAGES, {"val/accuracy": 0.6875})]))[1][1:5] == [
-        *("75.00 %", "1"),
-        *("68.75 %", "4"),
+    assert cells(compare_runs([write("a", *TWO_STAGES, {"val/accuracy": 0.6875})])) == [
+        ["a", "ternary", "2", "75.00", "1", "75.00", "50.00"],
+        ["binary", "3", "68.75", "4", "68.75", "87.50"],
     ]
 
 
 def test_logs_without_stages():
     bare = [{"val/accuracy": value, "train/loss": 1.0} for value in (0.25, 0.5)]
-    assert cells(compare_runs([write("a", *bare)])) == [
-        ["run", "best val", "epoch", "last val", "last train", "logs"],
-        ["a", "50.00 %", "1", "50.00 %", "-", "a"],
-    ]
+    shown = compare_runs([write("a", *bare)])
+    assert "stage" not in shown
+    assert cells(shown) == [["a", "2", "50.00", "1", "50.00"]]
 
 
 # Labels.
@@ -276,8 +305,10 @@ def test_a_killed_and_resumed_run_has_the_table_of_an_unbroken_one():
     write("runs/broken", *epochs[2:], first=2)
     write("runs/broken", *epochs[4:], first=4)
     assert len(list(broken.glob("events*"))) == 3
-    (_, *one), (_, *other) = (cells(compare_runs([folder]))[1] for folder in (unbroken, broken))
-    assert one[:-1] == other[:-1] == ["75.00 %", "1", "62.50 %", "3", "37.50 %", "87.50 %"]
+    for folder in (unbroken, broken):
+        (_, *ternary), binary = cells(compare_runs([folder]))
+        assert ternary == ["ternary", "2", "75.00", "1", "75.00", "50.00"]
+        assert binary == ["binary", "3", "62.50", "3", "37.50", "87.50"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
@@ -288,6 +319,49 @@ def test_a_damaged_file_is_read_up_to_the_damage(damage):
     file.write_bytes(content[:-40] if damage == "cut" else content[:-200] + b"\0" * 200)
     assert read_curves(folder)["val/accuracy"][:2] == [(0, 0.25), (1, 0.5)]
     assert compare_runs([folder])
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_a_later_validation_into_the_same_folder_is_not_part_of_the_run(logger):
+    model, data = tiny_pcnn(), tiny_digits()
+    fit(model, data, max_epochs=3, logger=logger("."))
+    before = read_run(Path("lightning_logs")).curves["val/accuracy"]
+    assert [epoch for epoch, _ in before] == [0, 1, 2]
+    folder = Path("lightning_logs/version_0")
+    if logger is TensorBoardLogger:
+        tiny_trainer(logger=logger(".", version=0)).validate(model, datamodule=data, verbose=False)
+        assert len(list(folder.glob("events*"))) == 2
+    else:  # which the command line lets go on with its table
+        with (folder / "metrics.csv").open("r+") as file:
+            names = next(file).strip().split(",")
+            row = {"epoch": "0", "step": "0", "val/accuracy": "0.5"}
+            file.seek(0, 2)
+            file.write(",".join(row.get(name, "") for name in names) + "\n")
+    assert read_run(Path("lightning_logs")).curves["val/accuracy"] == before
+
+
+def test_a_run_without_tensorboard():
+    model, data, curves = tiny_pcnn(stage="ternary"), tiny_digits(), LossCurves()
+    trainer = fit(model, data, max_epochs=3, logger=CSVLogger("."), callbacks=[StageSwitch(1), curves])
+    trainer.test(model, datamodule=data)
+    run = read_run(Path("lightning_logs"))
+    assert run.folder == Path("lightning_logs/version_0")
+    assert list(run.stages().values()) == ["ternary", "binary", "binary"]
+    assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
+    ternary, binary = cells(compare_runs(["lightning_logs"]))
+    assert (ternary[:3], binary[:2]) == (["lightning_logs/version_0", "ternary", "1"], ["binary", "2"])
+    (run.folder / "metrics.csv").unlink()  # losses.csv remains
+    again = read_run(run.folder, "cross_entropy")
+    for name in ("train/cross_entropy", "val/cross_entropy"):
+        assert again.curves[name] == [(row["epoch"], row[name]) for row in curves.epochs]
+        assert dict(again.curves[name]) == pytest.approx(dict(run.curves[name]))
+        assert len(run.curves[name]) == 3
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe,\0", b"epoch,val/accuracy\n0,x\n,1\n5", b""])
+def test_damaged_tables_are_read_as_far_as_they_go(content):
+    (write("a", row(0.5)) / "losses.csv").write_bytes(content)
+    assert cells(compare_runs(["a"])) == [["a", "binary", "1", "50.00", "0", "50.00", "50.00"]]
 
 
 def test_long_logs_are_read_completely():
@@ -310,7 +384,7 @@ def test_invalid_runs_are_refused():
         ([], "no runs"),
         (["missing"], "^missing: there is no such folder"),
         (["file"], "^file: there is no such folder"),
-        (["a", "empty"], "^empty holds no TensorBoard logs"),
+        (["a", "empty"], r"^empty holds no logs \(events.*losses.csv, metrics.csv\)"),
         (["blank"], "^blank holds no training run with val/accuracy; what was logged there: nothing"),
         (["untested"], "^untested holds no training run with val/accuracy; .*: epoch, stage, train/accuracy"),
         (["tested"], "^tested holds no training run"),
@@ -357,7 +431,7 @@ def test_the_picture_is_written_whole_or_not_at_all(monkeypatch):
 @pytest.mark.parametrize("name", ["_a", r"$\frac$", "a\nb"])
 def test_folders_of_any_name_can_be_drawn(name):
     run = read_run(write(f"x/{name}", row(0.5)))
-    assert len(compare_runs([run.folder]).splitlines()) == 2
+    assert len(cells(compare_runs([run.folder]))) == 1
     label_runs([run])
     _, names = draw_runs([run]).legends
     assert [text.get_text() for text in names.get_texts()] == [name.replace("\n", r"\n")]
@@ -433,7 +507,7 @@ def test_a_real_run():
     assert [epoch for epoch, _ in run.curves["train/accuracy"]] == [0, 1, 2]
     assert run.settings["projection_loss_weight"] == "0"
     assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
-    assert cells(compare_runs(["logs"]))[1][0] == "version_0"
+    assert [row[0] for row in cells(compare_runs(["logs"]))] == ["logs/version_0", "binary"]
 
 
 def test_reports_do_not_import_lightning():

@@ -3,16 +3,20 @@
 import copy
 import csv
 import io
+import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from summary_helpers import CIFAR, COUNTS, DIGITS, build, counts
 from torch import nn
 
 from pcnn_lightning.layers import ProjectionConv2d, QuantizedConv2d
-from pcnn_lightning.reports.summary import summarize
+from pcnn_lightning.reports.summary import LayerSummary, _grouped, summarize
 
 # --- side effects ---------------------------------------------------------------------------------------------------
 
@@ -75,39 +79,99 @@ def test_images_with_other_channels_are_refused_by_the_layer():
 # --- output ---------------------------------------------------------------------------------------------------------
 
 
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+
+
 def number(cell):
-    return 0.0 if cell == "-" else float(cell.replace(",", ""))
+    return 0.0 if cell == "-" else float(cell.rstrip("kMG").replace(",", "")) * UNITS.get(cell[-1], 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "header"),
-    [
-        ("wrn22", {"planes": 4}, "layer output 1-bit 32-bit train kB infer kB 1-bit MACs 32-bit MACs"),
-        ("wrn7", {"stage": "ternary"}, "layer output 2-bit 32-bit train kB infer kB 1-bit MACs 32-bit MACs"),
-        ("mcn20", {"family": "modulated", "planes": 4}, "layer output 1-bit 32-bit train kB infer kB 32-bit MACs"),
-        ("vgg_small", {"family": "full"}, "layer output 32-bit train kB infer kB 32-bit MACs"),
-    ],
-)
-def test_table_is_aligned_and_adds_up(name, arguments, header):
-    summary = summarize(build(name, **arguments), CIFAR)
-    lines = summary.table().splitlines()
-    assert max(map(len, lines)) <= 120
-    assert " ".join(lines[0].split()) == header
-    at = lines.index("-" * len(lines[0]), 2)
-    rows, total = lines[2:at], lines[at + 1]
-    assert len(rows) == len(summary.layers)
-    assert {len(line) for line in (*rows, total)} == {len(lines[0])}
-    columns = len(header.replace(" kB", "").replace(" MACs", "").split()) - 2  # without names and shapes
-    numbers = [[number(cell) for cell in row.split()[-columns:]] for row in (*rows, total)]
-    for *parts, whole in zip(*numbers, strict=True):
-        assert sum(parts) == pytest.approx(whole, abs=1e-6)
+def parts(summary):
+    """Header, names and numbers of the rows and of the total, and the words below the table."""
+    header, body, total, words = re.split(r"^─+\n|\n\n|─+\n", re.sub(r"\n─+\n(total.*)", r"\n\n\1", summary.table()))
+    *columns, last = ([line.split() for line in part.splitlines()] for part in (header, body, total))
+    names = [re.match(r"(\d+ × )?\S+", line)[0] for line in body.splitlines()]
+    count = len(columns[0][-1]) - 2
+    return columns[0], names, [[number(cell) for cell in row[-count:]] for row in (*columns[1], *last)], words
 
 
-def test_table_ends_in_compression():
+def spelled_out(name):
+    """The names that a row such as ``4 × stage1.0-1.conv1-2`` stands for."""
+    count, _, pattern = name.rpartition(" × ")
+    ranges = re.split(r"(\d+-\d+)", pattern)
+    choices = [
+        [part] if not at % 2 else map(str, range(int(part.split("-")[0]), int(part.split("-")[1]) + 1))
+        for at, part in enumerate(ranges)
+    ]
+    names = ["".join(choice) for choice in itertools.product(*choices)]
+    assert len(names) == int(count or 1)
+    return names
+
+
+NETWORKS = [
+    ("wrn22", {"planes": 4}, "1-bit 32-bit train infer 1-bit 32-bit"),
+    ("wrn7", {"stage": "ternary"}, "2-bit 32-bit train infer 1-bit 32-bit"),
+    ("mcn20", {"family": "modulated", "planes": 4}, "1-bit 32-bit train infer 32-bit"),
+    ("vgg_small", {"family": "full"}, "32-bit train infer 32-bit"),
+    ("resnet34", {}, "1-bit 32-bit train infer 1-bit 32-bit"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "header"), NETWORKS)
+def test_tables_add_up_and_fit(name, arguments, header, monkeypatch):
+    summary = summarize(build(name, **arguments), (3, 224, 224) if name == "resnet34" else CIFAR)
+    (_, short_header), short_names, short, short_words = parts(summary)
+    assert max(map(len, summary.table().splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "130")
+    (above, below), names, exact, words = parts(summary)
+    assert max(map(len, summary.table().splitlines())) <= 130
+    assert len(above) == len(below) - 2
+    assert below == short_header == ["layer", "output", *header.split()]
+    assert names == short_names
+    for *column, whole in zip(*exact, strict=True):
+        assert sum(column) == pytest.approx(whole, abs=1)  # a byte, where bits are not whole ones
+    for row, rounded in zip(exact, short, strict=True):
+        assert rounded == pytest.approx(row, rel=0.005)
+    assert short_words.startswith("k, M and G are 10^3, 10^6 and 10^9")
+    assert " ".join(short_words.split()).endswith(" ".join(words.split()))
+    layers = [row.layer for row in summary.layers if " × " not in row.layer]
+    assert [one for row in names for one in (spelled_out(row) if "." in row else [row])][: len(layers)] == layers
+    assert len(names) <= 18
+
+
+def test_the_rows_of_mcn20():
+    _, names, _, _ = parts(summarize(build("mcn20", family="modulated", planes=4), CIFAR))
+    assert names == [
+        *("features.stem", "6 × features.stage1.0-2.conv1-2"),
+        *("features.stage2.0.conv1", "features.stage2.0.conv2", "features.stage2.0.shortcut.conv"),
+        "4 × features.stage2.1-2.conv1-2",
+        *("features.stage3.0.conv1", "features.stage3.0.conv2", "features.stage3.0.shortcut.conv"),
+        "4 × features.stage3.1-2.conv1-2",
+        *("classifier", "19 × BatchNorm2d"),
+    ]
+
+
+NAMES = [f"stage{stage}.{block}.conv{conv}" for stage in (1, 2) for block in (0, 1, 9, 10, 11) for conv in (1, 2)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(1, 2)), unique_by=lambda pair: pair[0]).map(sorted))
+def test_grouped_rows_stand_for_equal_layers(layers):
+    rows = [LayerSummary(name, "Conv2d", (size, 8, 8), *[size] * 7) for name, size in layers]
+    found = _grouped(rows)
+    assert sorted(name for row in found for name in spelled_out(row.layer)) == sorted(name for name, _ in layers)
+    size_of = dict(layers)
+    for row in found:
+        sizes = [size_of[name] for name in spelled_out(row.layer)]
+        assert len(set(sizes)) == 1
+        assert row.output_shape == (sizes[0], 8, 8)
+        assert counts(row) == (sum(sizes),) * 5
+
+
+def test_table_ends_in_compression(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     lines = summarize(build("resnet18", num_classes=1000), (3, 224, 224)).table().splitlines()
-    assert max(map(len, lines)) <= 120
     assert "10,985,472" in lines[-5]
-    assert "1 kB is 1000 bytes" in lines[-3]
+    assert lines[-3].startswith("Parameters at inference: 10,985,472 at 1 bit, 707,")
     assert "221,788,160" in lines[-2]
     assert "1,871,876,096" in lines[-2]
     assert lines[-1] == "Compression: 33.6 Mbit at inference against 374.2 Mbit of the full-precision twin, 11.1x."

@@ -41,7 +41,7 @@ def benchmark_layer(
     seen = _input_of(model.net, layer, image_shape)
     x = torch.randn(batch_size, *seen.shape[1:], dtype=seen.dtype, device=device)
     sign = _sign_of(model.net) if bool((seen.abs() == 1).all()) else nn.Identity()
-    contenders: dict[str, nn.Module] = {type(layer).__name__: _Ours(layer, sign), "nn.Conv2d": _make(nn.Conv2d, layer)}
+    contenders: dict[str, nn.Module] = {"nn.Conv2d": _make(nn.Conv2d, layer), type(layer).__name__: _Ours(layer, sign)}
     if isinstance(sign, SignActivation):
         contenders |= {peer: make(layer) for peer, make in PEERS.items() if find_spec(peer) is not None}
     passes = {}

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.tables import aligned
+from pcnn_lightning.tables import filled, text_table
 
 
 class Stopwatch:
@@ -63,14 +63,14 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Report:
-    """Medians of the measurements.
+    """Medians of the measurements. The first contender is the reference of the others.
 
     Attributes:
         title: what was measured, where and how.
         images: images per round.
         milliseconds: by contender and phase; if there are several phases, the last entry is ``step``, their total.
         megabytes: peak memory of a round, by contender; empty if not measured.
-        ratios: by contender, the median over rounds of the first contender's time divided by this one's.
+        speed_ups: by contender, the median over rounds of the reference's time divided by its own: above 1 is faster.
         loader: images per second that data loading alone achieves; None if no data are read.
     """
 
@@ -78,25 +78,27 @@ class Report:
     images: int
     milliseconds: dict[str, dict[str, float]]
     megabytes: dict[str, float]
-    ratios: dict[str, float]
+    speed_ups: dict[str, float]
     loader: float | None = None
 
     def table(self) -> str:
-        """Format aligned columns, one row per contender."""
-        first, phases = next(iter(self.milliseconds)), list(next(iter(self.milliseconds.values())))
-        memory = ["MB"] if self.megabytes else []
-        rows = [["", *(f"{phase}/ms" for phase in phases), "images/s", *memory, "ratio"]]
-        for name, times in self.milliseconds.items():
-            cells = [f"{times[phase]:.2f}" for phase in phases]
-            cells.append(f"{1000 * self.images / times[phases[-1]]:,.0f}")
-            cells += [f"{self.megabytes[name]:,.1f}"] if self.megabytes else []
-            rows.append([name, *cells, f"{self.ratios[name]:.2f}"])
-        words = [f"ratio: {phases[-1]} of {first} by that of the row"]
+        """Format a column per contender; a row per contender if there is only one phase."""
+        contenders = list(self.milliseconds)
+        phases = list(self.milliseconds[contenders[0]])
+        rows = [["", *contenders]]
+        rows += [[f"{phase}, ms", *(f"{times[phase]:.2f}" for times in self.milliseconds.values())] for phase in phases]
+        rates = (1000 * self.images / times[phases[-1]] for times in self.milliseconds.values())
+        rows.append(["images/s", *(f"{rate:,.0f}" for rate in rates)])
+        if self.megabytes:
+            rows.append(["peak memory, MB", *(f"{self.megabytes[name]:,.1f}" for name in contenders)])
+        rows.append(["speed-up", *(f"{self.speed_ups[name]:.2f}" for name in contenders)])
+        words = [f"speed-up over {contenders[0]}: above 1 is faster"]
         if self.loader is not None:
-            times = self.milliseconds[first]
-            words.append(f"waiting for data: {times['data'] / times[phases[-1]]:.1%} of the {phases[-1]} of {first}")
+            name, times = list(self.milliseconds.items())[-1]
+            words.append(f"waiting for data: {times['data'] / times[phases[-1]]:.1%} of the {phases[-1]} of {name}")
             words.append(f"data alone: {self.loader:,.0f} images/s")
-        return "\n".join([self.title, "", *aligned(rows), "", *words])
+        table = text_table(rows if len(phases) > 1 else list(zip(*rows, strict=True)))
+        return "\n".join([filled(self.title), "", table, "", *map(filled, words)])
 
 
 Round = Callable[[Stopwatch], None]
@@ -149,7 +151,11 @@ class Setting:
 
     def __str__(self) -> str:
         gpu = self.device.type == "cuda"
-        where = torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+        where = (
+            torch.cuda.get_device_name(self.device)
+            if gpu
+            else f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
+        )
         how = [self.precision, *["compiled"] * self.compiled, *["channels last"] * self.channels_last]
         return f"{', '.join(how)}, {where}; medians of {self.rounds}"
 
@@ -162,7 +168,7 @@ def compare_rounds(
     Args:
         title: title of the report.
         images: images per round.
-        contenders: what to time, by name.
+        contenders: what to time, by name; the first one is the reference of speed-ups.
         setting: where and how to time.
         memory: whether to measure the peak memory of a round.
     """
@@ -184,10 +190,10 @@ def compare_rounds(
         if len(medians[name]) > 1:
             medians[name]["step"] = median(total)
     first = next(iter(totals.values()))
-    ratios = {
-        name: median(one / other for one, other in zip(first, total, strict=True)) for name, total in totals.items()
+    speed_ups = {
+        name: median(one / own for one, own in zip(first, total, strict=True)) for name, total in totals.items()
     }
-    return Report(f"{title}, {setting}", images, medians, megabytes, ratios)
+    return Report(f"{title}, {setting}", images, medians, megabytes, speed_ups)
 
 
 def peak_megabytes(contend: Round, device: torch.device) -> float:

@@ -30,7 +30,7 @@ def benchmark_training(model: OneBitClassifier, datamodule: LightningDataModule,
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    contenders = {type(model).__name__: model, "full precision": model.twin()}
+    contenders = {"full precision": model.twin(), type(model).__name__: model}
     steps = {name: Training(contender, datamodule, setting).step for name, contender in contenders.items()}
     widths = model.hparams["widths"]
     network = model.hparams["backbone"] + ("" if widths is None else f" {'-'.join(map(str, widths))}")
