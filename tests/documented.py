@@ -30,12 +30,12 @@ def check_command(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         return
     for name, value in LOOPS.items():
         line = line.replace(name, value)
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.partition(" > ")[0], comments=True)
     subcommand, *arguments = words[words.index("pcnn_lightning") + 1 :]
     if "--ckpt_path" in arguments and arguments[arguments.index("--ckpt_path") + 1] not in ("best", "last"):
         position = arguments.index("--ckpt_path")
         del arguments[position : position + 2]  # a file that only a trained run leaves
-    helps = subcommand == "--help" or any(argument.endswith(("help", ".help")) for argument in arguments)
+    helps = any(word.endswith(("help", "--print_completion")) for word in (subcommand, *arguments))
     with pytest.raises(SystemExit) as exit:
         main([subcommand, *arguments, *([] if helps or "--print_config" in arguments else ["--print_config"])])
     assert exit.value.code == 0, capsys.readouterr().err

@@ -37,13 +37,18 @@ def with_packaged_configs(args: Sequence[str]) -> list[str]:
     return found
 
 
+def config_names() -> list[str]:
+    """The names of this package's configurations."""
+    return sorted(path.name for folder in _CONFIGS for path in folder.glob("*.yaml"))
+
+
 def _packaged(name: str) -> str:
     path = Path(name)
     if path.parent not in (Path(), Path("configs")) or path.suffix != ".yaml" or path.exists():
         return name
-    package = Path(__file__).parents[1]
-    # In a checkout, configurations lie beside the package; an installed one has them inside.
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / path.name).is_file():
-            return str(folder / path.name)
-    return name
+    return next((str(folder / path.name) for folder in _CONFIGS if (folder / path.name).is_file()), name)
+
+
+_PACKAGE = Path(__file__).parents[1]
+_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+"""An installed package has its configurations inside; in a checkout, they lie beside it."""

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pcnn_lightning import data  # noqa: F401  (lets the parser resolve its classes by their short names)
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.cli.checkpoint_argument import LINKED, checkpoint_argument, model_config, packed_config
+from pcnn_lightning.cli.completion import add_completion
 from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
 from pcnn_lightning.cli.interruption import BetweenBatches, BetweenBatchesAndCheckpoints
 from pcnn_lightning.cli.names import class_names, list_classes, with_packaged_configs
@@ -80,6 +81,10 @@ class OneBitCLI(LightningCLI):
         given = {"model", "datamodule"}
         own = {"summary": given, "benchmark": given, "export": given, "compare": set()}
         return {name: skipped | {"weights_only"} for name, skipped in {**LightningCLI.subcommands(), **own}.items()}
+
+    def setup_parser(self, *args: Any) -> None:
+        super().setup_parser(*args)
+        add_completion(self.parser, self._subcommand_parsers.values())
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "compare":
