@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -19,16 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
 from pcnn_lightning.stages import STAGES
 from pcnn_lightning.tables import filled, text_table
 
-EVENTS = "events.out.tfevents.*"
-TABLES = ("losses.csv", "metrics.csv")
-"""Files of ``LossCurves`` and of a ``CSVLogger``."""
+LOSSES, TESTED = "losses.csv", "test.csv"
+"""Tables that ``LossCurves`` leaves in the folder of a run."""
 NAMES = {number: name for name, number in STAGES.items()}
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
@@ -43,12 +41,12 @@ LONGEST = 1000
 UNITS = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy (nats)", "loss": "loss (nats)"}
 
 Curve = list[tuple[int, float]]
-"""Epochs and values in logging order; an epoch may have several values."""
+"""Epochs and values."""
 
 
 @dataclass
 class Run:
-    """Logs of one run: its folder, its curves by logged name, and its settings."""
+    """One run: its folder, its curves by logged name, and its settings."""
 
     folder: Path
     curves: dict[str, Curve]
@@ -100,10 +98,9 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", m
     """Plot the curves of several runs in one figure and return their best epochs as a table.
 
     Args:
-        runs: log folders, such as ``runs/digits/version_0``. For a folder that contains log folders, the newest
-            training run is taken; logs of ``test`` and ``validate`` are skipped.
+        runs: folders of runs, such as ``runs/digits/version_0``. Of a folder that contains runs, the newest is taken.
         output: file to write the figure to, in the format of its suffix; PNG if it has none.
-        metric: the metric to compare, logged as ``train/...`` and ``val/...``. Higher is better if its name contains
+        metric: the metric to compare, recorded as ``train/...`` and ``val/...``. Higher is better if its name contains
             ``accuracy``, otherwise lower.
 
     Raises:
@@ -129,87 +126,40 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", m
 
 
 def read_run(path: Path, metric: str = "accuracy") -> Run:
-    """Read the run whose logs are in ``path``, or the newest training run in the folders below it.
+    """Read the run whose tables are in ``path``, or the newest run in the folders below it.
 
     Raises:
         InputError: if there is none with validations of ``metric``.
     """
     if not path.is_dir():
         raise InputError(f"{path}: there is no such folder")
-    logs = (EVENTS, *TABLES)
-    files = [*chain(*map(path.glob, logs))] or [*chain(*map(path.rglob, logs))]
-    if not files:
-        raise InputError(f"{path} holds no logs ({', '.join(logs)}), nor does a folder below it")
+    folders = [path] if (path / LOSSES).exists() else [file.parent for file in path.rglob(LOSSES)]
+    if not folders:
+        raise InputError(f"{path} holds no {LOSSES}, the table of a run (loss_curves), nor does a folder below it")
     held: set[str] = set()
-    for folder in dict.fromkeys(file.parent for file in sorted(files, key=_start, reverse=True)):
-        curves = {**read_tables(folder), **read_curves(folder)}
-        if f"val/{metric}" in curves and any(name.startswith("train/") for name in curves):
-            return Run(folder, curves, read_settings(folder))
+    for folder in sorted(folders, key=_version, reverse=True):
+        curves = read_curves(folder / LOSSES)
+        if f"val/{metric}" in curves:
+            tested = read_curves(folder / TESTED)
+            return Run(folder, {**curves, **tested}, read_settings(folder))
         held.update(curves)
-    raise InputError(
-        f"{path} holds no training run with val/{metric}; what was logged there: {', '.join(sorted(held)) or 'nothing'}"
-    )
+    raise InputError(f"{path} holds no run with val/{metric}; what it holds: {', '.join(sorted(held)) or 'nothing'}")
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """Read all scalars in the event files of ``folder``, against epochs.
-
-    A damaged file is read up to the damage. Each file belongs to one process; where a resumed run repeats steps, its
-    values replace the earlier ones.
-
-    Raises:
-        InputError: if the name of a file or folder is not UTF-8.
-    """
-    curves: dict[str, list[tuple[int, int, float]]] = defaultdict(list)  # steps, epochs and values
-    for file in sorted(folder.glob(EVENTS), key=_start):
-        try:
-            events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # 0: keep every point
-        except UnicodeEncodeError as error:
-            raise InputError(f"TensorBoard cannot read {_shown(str(file))}: this name is not UTF-8") from error
-        names = events.Tags()["scalars"]
-        if "epoch" not in names:  # Lightning logs it along with everything else
-            continue
-        epochs = {event.step: int(event.value) for event in events.Scalars("epoch")}
-        if max(epochs) == 0 and not any(name.startswith("train/") for name in names):
-            names = [
-                name for name in names if name.startswith("test/")
-            ]  # of `validate`, which has a step of its own, 0
-        for name in names:
-            found = [(event.step, event.value) for event in events.Scalars(name) if event.step in epochs]
-            points = [(step, epochs[step], value) for step, value in found]
-            if points:
-                curves[name] = [point for point in curves[name] if point[0] < points[0][0]] + points
-    return {name: [(epoch, value) for _, epoch, value in points] for name, points in curves.items()}
+def _version(folder: Path) -> tuple[list[int], float]:
+    return [int(number) for number in re.findall(r"\d+", folder.name)], (folder / LOSSES).stat().st_mtime
 
 
-def _start(file: Path) -> tuple[list[int], ...]:
-    """Sort key of logs: names of event files begin with the time in seconds, and end with process and count within it.
-
-    The names of tables have no numbers, but those of their folders have: ``version_10``.
-    """
-    return tuple([int(number) for number in re.findall(r"\d+", name)] for name in (file.name, file.parent.name))
-
-
-def read_tables(folder: Path) -> dict[str, Curve]:
-    """Read all scalars in the CSV files of ``folder``, against epochs. Cells that are not numbers are skipped."""
-    found: dict[str, Curve] = {}
-    for file in filter(Path.is_file, (folder / name for name in TABLES)):
-        curves: dict[str, Curve] = defaultdict(list)
-        latest = 0
+def read_curves(file: Path) -> dict[str, Curve]:
+    """Read the columns of a table against epochs; none if there is no such file. What is not a number is skipped."""
+    curves: dict[str, Curve] = defaultdict(list)
+    if file.is_file():
         with file.open(newline="", encoding="utf-8", errors="replace") as lines:
             for row in csv.DictReader(line.replace("\0", "") for line in lines):
-                with suppress(KeyError, TypeError, ValueError):
-                    step = int(row.get("step", latest))
-                    latest, evaluates = (
-                        max(step, latest),
-                        step < latest,
-                    )  # `validate` and `test` have a step of their own
-                    epoch = int(row["epoch"])
-                    for name, cell in row.items():
-                        if cell and (name.startswith("test/") or not evaluates):
-                            curves[name].append((epoch, float(STAGES.get(cell, cell))))
-        found |= {name: curve for name, curve in curves.items() if curve}
-    return found
+                for name, cell in row.items():
+                    with suppress(KeyError, TypeError, ValueError):
+                        curves[name].append((int(row.get("epoch", 0)), float(STAGES.get(cell, cell))))
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def read_settings(folder: Path) -> dict[str, str]:

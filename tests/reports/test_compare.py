@@ -1,3 +1,4 @@
+import csv
 import math
 import os
 import re
@@ -10,30 +11,34 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 from rich.cells import cell_len
-from tiny import fit, tiny_digits, tiny_pcnn, tiny_trainer
-from torch.utils.tensorboard import SummaryWriter
+from tiny import fit, tiny_digits, tiny_pcnn
 
 import pcnn_lightning.reports
 from pcnn_lightning import LossCurves, StageSwitch
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.reports.compare import COLOURS, STYLES, Run, draw_runs, label_runs, read_curves, read_run, table
+from pcnn_lightning.reports.compare import COLOURS, STYLES, Run, draw_runs, label_runs, read_run, table
 from pcnn_lightning.reports.compare import compare as compare_runs
 from pcnn_lightning.stages import STAGES
 
-TERNARY, BINARY = STAGES["ternary"], STAGES["binary"]
+TERNARY, BINARY = "ternary", "binary"
 
 
-def write(folder, *epochs, first=0, **settings):
-    """Log rows of scalars as Lightning does, ten steps an epoch, and the settings of the run."""
-    with SummaryWriter(folder) as writer:
-        for epoch, row in enumerate(epochs, first):
-            for name, value in {"epoch": epoch, **row}.items():
-                writer.add_scalar(name, value, 10 * epoch + 9)
-    (Path(folder) / "hparams.yaml").write_text(yaml.dump(settings))
-    return Path(folder)
+def write(folder, *epochs, test=None, **settings):
+    """Write the tables and the settings of a run."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    losses = [{"epoch": epoch, **row} for epoch, row in enumerate(epochs)]
+    for name, rows in (("losses.csv", losses), ("test.csv", [test] if test else [])):
+        if rows:
+            with (folder / name).open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+                writer.writeheader()
+                writer.writerows(rows)
+    (folder / "hparams.yaml").write_text(yaml.dump(settings))
+    return folder
 
 
 def row(accuracy, stage=BINARY, train=0.5):
@@ -70,7 +75,7 @@ def test_each_stage_has_its_best_epoch():
 
 
 def test_test_accuracy_has_a_column_if_logged():
-    tested = write("a", row(0.5), {"test/accuracy": 0.375})
+    tested = write("a", row(0.5), test={"checkpoint": "best.ckpt", "test/accuracy": 0.375})
     other = write("b", row(0.5))
     table = compare_runs([tested, other])
     assert table.splitlines()[3].endswith("  test")
@@ -85,7 +90,7 @@ def test_test_accuracy_has_a_column_if_logged():
 )
 def test_no_name_or_number_is_cut_to_fit(columns, labels, values):
     epochs = list(enumerate(values, 998))
-    stages = [(998, TERNARY), (999, TERNARY), (1000, BINARY), (1001, BINARY)]
+    stages = [(epoch, STAGES[TERNARY if epoch < 1000 else BINARY]) for epoch, _ in epochs]
     curves = {"stage": stages, "val/accuracy": epochs, "train/accuracy": epochs, "test/accuracy": epochs[:1]}
     runs = [Run(Path("runs") / str(at), curves, {}, label) for at, label in enumerate(labels)]
     with pytest.MonkeyPatch.context() as patch:
@@ -105,30 +110,6 @@ def test_lowest_loss_is_best():
     shown = compare_runs([write("a", *logs)], metric="loss")
     assert shown.startswith("loss (nats)\n")
     assert cells(shown) == [["a", "binary", "4", "0.5000", "2", "1.0000", "1.0000"]]
-
-
-def test_of_several_validations_in_an_epoch_the_best_counts():
-    with SummaryWriter("a") as writer:
-        for step, value in ((4, 0.75), (9, 0.5)):
-            writer.add_scalar("epoch", 0, step)
-            writer.add_scalar("val/accuracy", value, step)
-        for name, value in (("train/accuracy", 0.5), ("stage", TERNARY)):
-            writer.add_scalar(name, value, 9)
-    assert cells(compare_runs(["a"])) == [["a", "ternary", "1", "75.00", "0", "50.00", "50.00"]]
-
-
-def test_validation_in_an_epoch_that_was_broken_off_belongs_to_the_stage_so_far():
-    assert cells(compare_runs([write("a", *TWO_STAGES, {"val/accuracy": 0.6875})])) == [
-        ["a", "ternary", "2", "75.00", "1", "75.00", "50.00"],
-        ["binary", "3", "68.75", "4", "68.75", "87.50"],
-    ]
-
-
-def test_logs_without_stages():
-    bare = [{"val/accuracy": value, "train/loss": 1.0} for value in (0.25, 0.5)]
-    shown = compare_runs([write("a", *bare)])
-    assert "stage" not in shown
-    assert cells(shown) == [["a", "2", "50.00", "1", "50.00"]]
 
 
 # Labels.
@@ -267,133 +248,46 @@ def test_a_text_without_end_is_cut():
 def test_the_newest_training_run_below_a_folder():
     for version in range(11):  # 10 is newer than 9, also within a second
         write(f"runs/version_{version}", row(0.5))
-    write("runs/version_11", {"test/accuracy": 0.5})
-    write("runs/version_12", {"val/accuracy": 0.5})
+    write("runs/version_11", {"train/accuracy": 0.5})
+    write("runs/version_12", test={"test/accuracy": 0.5})
     assert read_run(Path("runs")).folder == Path("runs/version_10")
     assert read_run(Path("runs/version_3")).folder == Path("runs/version_3")
 
 
-def test_a_resumed_run_continues_its_curves():
-    write("a", *(row(value) for value in (0.125, 0.25, 0.375, 0.5)))
-    write("a", row(0.625), row(0.75), first=2)
-    write("a", {"val/loss": 1.0}, first=9)
-    assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.125), (1, 0.25), (2, 0.625), (3, 0.75)]
-
-
-def test_points_after_the_resumed_epoch_are_dropped():
-    write("a", *(row(value) for value in (0.125, 0.25, 1.0, 1.0, 1.0)))
-    write("a", row(0.5), first=2)
-    assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.125), (1, 0.25), (2, 0.5)]
-
-
-def test_a_validation_within_the_epoch_of_the_break_is_kept():
-    write("a", row(0.5))
-    for values in ({14: 1.0, 19: 0.25}, {19: 0.125}):  # killed after step 19, and resumed from step 14
-        with SummaryWriter("a") as writer:
-            for step, value in values.items():
-                writer.add_scalar("epoch", 1, step)
-                writer.add_scalar("val/accuracy", value, step)
-    assert read_curves(Path("a"))["val/accuracy"] == [(0, 0.5), (1, 1.0), (1, 0.125)]
-
-
-def test_a_killed_and_resumed_run_has_the_table_of_an_unbroken_one():
-    epochs = [row(0.5, TERNARY), row(0.75, TERNARY), row(0.25), row(0.625), row(0.375, train=0.875)]
-    unbroken = write("runs/unbroken", *epochs)
-    broken = write("runs/broken", *epochs[:3], row(1.0))
-    [file] = broken.glob("events*")
-    file.write_bytes(file.read_bytes()[:-10])  # killed amid a record
-    write("runs/broken", *epochs[2:], first=2)
-    write("runs/broken", *epochs[4:], first=4)
-    assert len(list(broken.glob("events*"))) == 3
-    for folder in (unbroken, broken):
-        (_, *ternary), binary = cells(compare_runs([folder]))
-        assert ternary == ["ternary", "2", "75.00", "1", "75.00", "50.00"]
-        assert binary == ["binary", "3", "62.50", "3", "37.50", "87.50"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "overwritten"])
-def test_a_damaged_file_is_read_up_to_the_damage(damage):
-    folder = write("a", *(row(value) for value in (0.25, 0.5, 0.75)))
-    [file] = folder.glob("events*")
-    content = file.read_bytes()
-    file.write_bytes(content[:-40] if damage == "cut" else content[:-200] + b"\0" * 200)
-    assert read_curves(folder)["val/accuracy"][:2] == [(0, 0.25), (1, 0.5)]
-    assert compare_runs([folder])
-
-
-@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
-def test_a_later_validation_into_the_same_folder_is_not_part_of_the_run(logger):
-    model, data = tiny_pcnn(), tiny_digits()
-    fit(model, data, max_epochs=3, logger=logger("."))
-    before = read_run(Path("lightning_logs")).curves["val/accuracy"]
-    assert [epoch for epoch, _ in before] == [0, 1, 2]
-    folder = Path("lightning_logs/version_0")
-    if logger is TensorBoardLogger:
-        tiny_trainer(logger=logger(".", version=0)).validate(model, datamodule=data, verbose=False)
-        assert len(list(folder.glob("events*"))) == 2
-    else:  # which the command line lets go on with its table
-        with (folder / "metrics.csv").open("r+") as file:
-            names = next(file).strip().split(",")
-            row = {"epoch": "0", "step": "0", "val/accuracy": "0.5"}
-            file.seek(0, 2)
-            file.write(",".join(row.get(name, "") for name in names) + "\n")
-    assert read_run(Path("lightning_logs")).curves["val/accuracy"] == before
-
-
-def test_a_run_without_tensorboard():
-    model, data, curves = tiny_pcnn(stage="ternary"), tiny_digits(), LossCurves()
-    trainer = fit(model, data, max_epochs=3, logger=CSVLogger("."), callbacks=[StageSwitch(1), curves])
-    trainer.test(model, datamodule=data)
-    run = read_run(Path("lightning_logs"))
-    assert run.folder == Path("lightning_logs/version_0")
-    assert list(run.stages().values()) == ["ternary", "binary", "binary"]
-    assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
-    ternary, binary = cells(compare_runs(["lightning_logs"]))
-    assert (ternary[:3], binary[:2]) == (["lightning_logs/version_0", "ternary", "1"], ["binary", "2"])
-    (run.folder / "metrics.csv").unlink()  # losses.csv remains
-    again = read_run(run.folder, "cross_entropy")
-    for name in ("train/cross_entropy", "val/cross_entropy"):
-        assert again.curves[name] == [(row["epoch"], row[name]) for row in curves.epochs]
-        assert dict(again.curves[name]) == pytest.approx(dict(run.curves[name]))
-        assert len(run.curves[name]) == 3
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe,\0", b"epoch,val/accuracy\n0,x\n,1\n5", b""])
-def test_damaged_tables_are_read_as_far_as_they_go(content):
+@pytest.mark.parametrize("content", [b"\xff\xfe,\0", b"epoch,train/accuracy\n0,x\n,1\n5", b""])
+def test_damaged_tables_are_refused_by_what_they_hold(content):
     (write("a", row(0.5)) / "losses.csv").write_bytes(content)
-    assert cells(compare_runs(["a"])) == [["a", "binary", "1", "50.00", "0", "50.00", "50.00"]]
+    with pytest.raises(InputError, match=r"^a holds no run with val/accuracy; what it holds: "):
+        compare_runs(["a"])
 
 
-def test_long_logs_are_read_completely():
-    write("a", *(row(0.5) for _ in range(12)))
-    with SummaryWriter("a") as writer:
-        for step in range(10_050):
-            writer.add_scalar("epoch", 12, 120 + step)
-    assert len(read_curves(Path("a"))["epoch"]) == 12 + 10_050
+def test_what_is_no_number_is_skipped():
+    folder = write("a", row(0.5), row("x"), row(""), row(0.75))
+    assert read_run(folder).curves["val/accuracy"] == [(0, 0.5), (3, 0.75)]
 
 
 def test_invalid_runs_are_refused():
     Path("empty").mkdir()
     write("untested", {"train/accuracy": 0.5, "stage": TERNARY})
-    write("tested/version_0", {"test/accuracy": 0.5})
+    write("tested/version_0", test={"test/accuracy": 0.5})
     write("a", row(0.5))
     Path("blank").mkdir()
-    Path("blank/events.out.tfevents.1.host").touch()
+    Path("blank/losses.csv").touch()
     Path("file").touch()
     for runs, message in (
         ([], "no runs"),
         (["missing"], "^missing: there is no such folder"),
         (["file"], "^file: there is no such folder"),
-        (["a", "empty"], r"^empty holds no logs \(events.*losses.csv, metrics.csv\)"),
-        (["blank"], "^blank holds no training run with val/accuracy; what was logged there: nothing"),
-        (["untested"], "^untested holds no training run with val/accuracy; .*: epoch, stage, train/accuracy"),
-        (["tested"], "^tested holds no training run"),
+        (["a", "empty"], r"^empty holds no losses.csv, the table of a run \(loss_curves\)"),
+        (["blank"], "^blank holds no run with val/accuracy; what it holds: nothing"),
+        (["untested"], "^untested holds no run with val/accuracy; what it holds: epoch, stage, train/accuracy"),
+        (["tested"], "^tested holds no losses.csv"),
         (["a", "./a"], "a is named 2 times"),
         (["a"] * (len(STYLES) + 1), f"{len(STYLES) + 1} runs .* at most {len(STYLES)}"),
     ):
         with pytest.raises(InputError, match=message):
             compare_runs(runs)
-    with pytest.raises(InputError, match=r"^a holds no training run with val/top5"):
+    with pytest.raises(InputError, match=r"^a holds no run with val/top5"):
         compare_runs(["a"], metric="top5")
     assert not Path("comparison.png").exists()
 
@@ -435,12 +329,6 @@ def test_folders_of_any_name_can_be_drawn(name):
     label_runs([run])
     _, names = draw_runs([run]).legends
     assert [text.get_text() for text in names.get_texts()] == [name.replace("\n", r"\n")]
-
-
-def test_a_folder_that_tensorboard_cannot_read_is_refused():
-    folder = write("a", row(0.5)).rename("caf\udce9")
-    with pytest.raises(InputError, match=r"^TensorBoard cannot read caf\\udce9/events.*: this name is not UTF-8"):
-        compare_runs([folder])
 
 
 def test_curves_are_what_was_logged():
@@ -498,12 +386,13 @@ def test_nothing_overlaps(amount):
 def test_a_real_run():
     logger = TensorBoardLogger(".", name="logs", default_hp_metric=False)
     model, data = tiny_pcnn(stage="ternary", projection_loss_weight=0.0), tiny_digits()
-    trainer = fit(model, data, max_epochs=3, logger=logger, callbacks=[StageSwitch(1)], val_check_interval=0.5)
+    callbacks = [StageSwitch(1), LossCurves()]
+    trainer = fit(model, data, max_epochs=3, logger=logger, callbacks=callbacks, val_check_interval=0.5)
     trainer.test(model, datamodule=data)
     run = read_run(Path("logs"))
     assert run.folder == Path("logs/version_0")
     assert list(run.stages().values()) == ["ternary", "binary", "binary"]
-    assert [epoch for epoch, _ in run.curves["val/accuracy"]] == [0, 0, 1, 1, 2, 2]
+    assert [epoch for epoch, _ in run.curves["val/accuracy"]] == [0, 1, 2]
     assert [epoch for epoch, _ in run.curves["train/accuracy"]] == [0, 1, 2]
     assert run.settings["projection_loss_weight"] == "0"
     assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
