@@ -2,9 +2,12 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 from pcnn_lightning.checkpoints import load_checkpoint
+from pcnn_lightning.deploy import load_packed
 from pcnn_lightning.families import FAMILIES
+from pcnn_lightning.files import is_packed
 
 LINKED = {"num_classes": 10, "in_channels": 3}
 """Arguments that a model takes from its data, with their defaults."""
@@ -37,3 +40,28 @@ def model_config(path: str) -> str:
 def packed_config(path: str) -> str:
     """The model of a packed file, as a configuration in JSON."""
     return json.dumps({"model": {"class_path": "pcnn_lightning.modules.PackedClassifier", "init_args": {"path": path}}})
+
+
+def image_arguments(path: str) -> dict[str, Any]:
+    """The arguments of ``ImageFolder`` for images like those that the network of a file was trained on."""
+    if is_packed(path):
+        about: dict[str, Any] = vars(load_packed(path).description)
+        about |= {"image_shape": (about["in_channels"], *about["image_size"]), "classes": about["class_names"]}
+    else:
+        parts = load_checkpoint(path).values()  # that of the data is under the name of its class
+        about = next((part for part in parts if isinstance(part, dict) and "image_shape" in part), {})
+        if not about:
+            return {}
+    channels, height, width = about["image_shape"]
+    names = None if about["classes"] is None else list(about["classes"])
+    if names and any(name != name.encode(errors="replace").decode() for name in names):
+        names = None  # a configuration cannot hold bytes that are not UTF-8
+    return {
+        "num_classes": about.get("num_classes") or len(about["classes"]),
+        "classes": names,
+        "grayscale": channels == 1,
+        "image_size": height if height == width else None,
+        "mean": list(about["mean"]),
+        "std": list(about["std"]),
+        "in_memory": about.get("in_memory"),
+    }

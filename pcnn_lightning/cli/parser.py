@@ -14,7 +14,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pcnn_lightning import data  # noqa: F401  (lets the parser resolve its classes by their short names)
 from pcnn_lightning.checkpoints import load_checkpoint
-from pcnn_lightning.cli.checkpoint_argument import LINKED, checkpoint_argument, model_config, packed_config
+from pcnn_lightning.cli.checkpoint_argument import (
+    LINKED,
+    checkpoint_argument,
+    image_arguments,
+    model_config,
+    packed_config,
+)
 from pcnn_lightning.cli.completion import add_completion
 from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
 from pcnn_lightning.cli.interruption import BetweenBatches, BetweenBatchesAndCheckpoints
@@ -27,11 +33,12 @@ from pcnn_lightning.cli.run_folder import (
     requeued_checkpoint,
 )
 from pcnn_lightning.cli.subcommands import summary_of
+from pcnn_lightning.data.memory import amount, available_memory
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
-from pcnn_lightning.reports import compare
+from pcnn_lightning.reports import NetworkSummary, compare
 
 
 class Parser(LightningArgumentParser):
@@ -120,9 +127,19 @@ class OneBitCLI(LightningCLI):
                 # Below the user's files and flags, which win.
                 layered = [*given[:place], "--config", model_config(path), *given[place:]]
             self.config = parser.parse_args(layered)
+            self._take_images_from(path)
         except UnicodeDecodeError as error:
             files = [word for word in given if isinstance(word, str) and word.endswith((".yaml", ".yml", ".json"))]
             raise InputError(f"a configuration file is not UTF-8 text ({error}): {', '.join(files)}") from error
+
+    def _take_images_from(self, path: str) -> None:
+        """Give the data those arguments that the user does not name and the file with the network tells."""
+        subcommand = self.config["subcommand"]
+        given = self.config[subcommand]["data"]["init_args"]
+        if subcommand != "fit":
+            for name, value in image_arguments(path).items():
+                if name in given and given[name] is None:
+                    given[name] = value
 
     def _parse_ckpt_path(self) -> None:
         """Done by :meth:`parse_arguments`; Lightning's own would overrule the user."""
@@ -222,7 +239,22 @@ class OneBitCLI(LightningCLI):
     def before_fit(self) -> None:
         wanted = self.config["fit"]["trainer"]["enable_model_summary"] is not False
         if wanted and hasattr(self.datamodule, "image_shape"):
-            print(summary_of(self.model, self.datamodule).table(), end="\n\n")
+            counts = summary_of(self.model, self.datamodule)
+            print(counts.table(), end="\n\n")
+            self._warn_of_memory(counts)
+
+    def _warn_of_memory(self, counts: NetworkSummary) -> None:
+        """Say that the kernel is likely to kill a run on CPUs; a GPU raises an error of its own."""
+        batch_size, free = getattr(self.datamodule, "batch_size", 0), available_memory()
+        images = batch_size * self.trainer.num_devices
+        needed = images * counts.activations * (2 if "16" in str(self.trainer.precision) else 4)
+        if self.trainer.strategy.root_device.type == "cpu" and free is not None and needed > free:
+            print(
+                f"warning: a training step on {images} images of {counts.image_shape[1]}×{counts.image_shape[2]} takes "
+                f"some {amount(needed)} of memory, but {amount(free)} are available, and the system may kill the run: "
+                "lower --data.batch_size or --data.image_size",
+                file=sys.stderr,
+            )
 
     @rank_zero_only
     def after_fit(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -62,9 +63,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     classes: list[str]
     """Class names, indexed by label."""
-    mean: ClassVar[tuple[float, ...]]
+    mean: tuple[float, ...]
     """Mean per channel of pixels scaled to [0, 1]; a constant, so that deployed networks can use the same one."""
-    std: ClassVar[tuple[float, ...]]
+    std: tuple[float, ...]
     """Standard deviation per channel of pixels scaled to [0, 1]."""
     side: ClassVar[int]
     """Original height and width of the images, in pixels."""
@@ -161,6 +162,28 @@ class ImageDataModule(LightningDataModule, ABC):
     def predict_names(self) -> list[str]:
         """Return the names of the samples of ``predict_set``, in order."""
         return [str(index) for index in range(len(self.predict_set))]
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a Trainer uses the images for training."""
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint tells of the images, so that others can be predicted with it: primitives only."""
+        shape, mean, std = self.image_shape, self.mean, self.std
+        return {"classes": list(self.classes), "image_shape": list(shape), "mean": list(mean), "std": list(std)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a run goes on with the same classes.
+
+        Raises:
+            InputError: if they have changed.
+        """
+        if self.is_fitting and state_dict["classes"] != list(self.classes):
+            raise InputError(
+                f"the checkpoint is of the classes {', '.join(state_dict['classes'])}, but these images are of "
+                f"{', '.join(self.classes)}"
+            )
 
     @cached_property
     def _own_val_set(self) -> ImageSet | None:

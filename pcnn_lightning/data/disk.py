@@ -11,26 +11,32 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from pcnn_lightning.data.datasets import ImageSet, RawBatch
-from pcnn_lightning.data.decode import decode, to_array
+from pcnn_lightning.data.decode import decode, fitted, to_array
 from pcnn_lightning.data.sampling import Stream, mixed_seed
 
 
 @dataclass(eq=False, kw_only=True)
 class DiskImages(ImageSet):
-    """Image files of any size, resized to ``size`` × ``size`` pixels by the usual ImageNet transforms.
+    """Image files of any size, brought to one size by the usual ImageNet transforms.
 
     For training, a random crop with 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3 is resized and, if
-    enabled, randomly flipped. For evaluation, the shorter side is resized to ``size * 256 / 224`` before a center crop.
+    enabled, randomly flipped. For evaluation, the shorter side is resized to ``256 / 224`` of the size before a center
+    crop.
 
     Args:
         files: N paths.
-        size: height and width of the returned images, in pixels.
+        size: (W, H) of the returned images, in pixels; equal unless ``margin`` is false.
+        margin: for evaluation, cut off a margin as above; if false, resize and center-crop as little as possible, as
+            images in memory are.
+        grayscale: decode to one channel instead of three.
         labels: (N,) int64, or None.
         augmentation: augmentation for training; None applies the evaluation transforms.
     """
 
     files: Sequence[str]  # strings, because millions of Path objects take several times the memory
-    size: int
+    size: tuple[int, int]
+    margin: bool = True
+    grayscale: bool = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -46,17 +52,20 @@ class DiskImages(ImageSet):
         return replace(self, files=files, labels=self._labels_at(indices))
 
     def _transform(self) -> Callable[[Image.Image], Image.Image]:
-        if self.augmentation is None:
-            steps: list[Any] = [v2.Resize(round(self.size * 256 / 224)), v2.CenterCrop(self.size)]
-        else:
+        side = self.size[0]
+        if self.augmentation is not None:
             chance = 0.5 if self.augmentation.flip else 0.0
-            steps = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(chance)]
+            steps: list[Any] = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(chance)]
+        elif self.margin:
+            steps = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+        else:
+            return lambda image: fitted(image, self.size)
         compose: Callable[[Image.Image], Image.Image] = v2.Compose(steps)
         return compose
 
     def _image(self, code: int, transform: Callable[[Image.Image], Image.Image]) -> Any:
         epoch, index = divmod(code, len(self))
-        image = decode(self.files[index])
+        image = decode(self.files[index], self.grayscale)
         if self.augmentation is None:
             return to_array(transform(image))
         # torchvision draws from the global generator, so seed that per sample and restore it afterwards. Not with

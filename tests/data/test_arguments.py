@@ -12,8 +12,10 @@ from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, 
 
 KINDS: list[type[ImageDataModule]] = [Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, ImageFolder]
 INTEGERS = {"batch_size": 1, "num_workers": 0, "train_size": 1, "seed": 0, "crop_padding": 0, "image_size": 1}
-PATHS, BOOLS = {"root", "predict_dir"}, {"flip", "in_memory"}
+INTEGERS["num_classes"] = 1
+PATHS, BOOLS = {"root", "predict_dir"}, {"flip", "in_memory", "grayscale", "skip_corrupt"}
 MAY_BE_NONE = {"train_size", "image_size", "in_memory", "predict_dir"}
+MAY_BE_NONE |= {"grayscale", "num_classes", "classes", "mean", "std"}
 
 
 def arguments_of(kind: type[ImageDataModule]) -> list[str]:
@@ -30,6 +32,11 @@ def allowed_for(argument: str) -> tuple[str, list[Any]]:
         return "true or false", [1, 0.0, float("nan"), "yes", "false", []]
     if argument in PATHS:
         return "a path", [3, float("nan"), True, b"data", ["data"]]
+    if argument == "classes":
+        return "a list of different names", [[], "ab", [1, 2], ["a", "a"], ["a", ""], {"a": 1}]
+    if argument in ("mean", "std"):
+        wrong = [0.5, [0.5], [0.5] * 4, ["a"] * 3, [0.5, 0.5, float("nan")], [0.5, -1, 0.5], [0.5, float("inf"), 0.5]]
+        return f"a list of 3 numbers of at least {0 if argument == 'mean' else 1e-06}", wrong
     assert argument == "val_fraction"
     return "a number in [0, 1)", [1, 1.0, -0.1, float("nan"), float("inf"), "0.1", True]
 

@@ -11,7 +11,7 @@ import torch
 from made_images import random_image
 from PIL import Image
 
-from pcnn_lightning.data.decode import decode, decode_all, image_files, image_size
+from pcnn_lightning.data.decode import decode, decode_all, failing, look_at
 from pcnn_lightning.errors import InputError
 
 RGB = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [120, 130, 140]]], dtype=np.uint8)
@@ -36,7 +36,8 @@ def test_a_jpeg_equals_pillows_own_decoding(tmp_path):
     random_image(np.random.default_rng(0), 32, 24).save(file, format="JPEG")
     pixels = np.asarray(Image.open(file))
     assert np.array_equal(np.asarray(decode(str(file))), pixels)
-    (tensor,) = decode_all([str(file)], (32, 24), fit=False)
+    (tensor,), failures = decode_all([str(file)], (32, 24), fit=False)
+    assert failures == {}
     assert tensor.dtype == torch.uint8
     assert np.array_equal(tensor.permute(1, 2, 0), pixels)
 
@@ -77,6 +78,10 @@ def test_cmyk(tmp_path):
     assert np.abs(decoded(cmyk, tmp_path / "a.jpg").astype(int) - [0, 255, 255]).max() <= 3
 
 
+def decode_gray(file: str) -> Image.Image:
+    return decode(file, grayscale=True)
+
+
 def broken_png() -> bytes:
     data = io.BytesIO()
     random_image(np.random.default_rng(0), 32, 32).save(data, format="PNG")
@@ -97,7 +102,7 @@ def test_broken_files_are_named(tmp_path, content, suffix):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [decode, image_size])
+@pytest.mark.parametrize("read", [decode, decode_gray])
 @pytest.mark.parametrize("other", ["EPS", "ICO", "JPEG2000", "PCX", "SGI", "TGA"])
 def test_other_formats_are_refused_whatever_the_name(tmp_path, monkeypatch, read, other):
     def start(*args: object, **kwargs: object) -> None:
@@ -126,7 +131,7 @@ def put_no_file(path, kind: str) -> None:
         path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("read", [decode, image_size])
+@pytest.mark.parametrize("read", [decode, decode_gray])
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, monkeypatch, read, kind):
     monkeypatch.chdir(tmp_path)  # a socket's path may not be long
@@ -149,7 +154,7 @@ def test_floating_point_pixels_are_refused(tmp_path):
         decode(str(tmp_path / "a.tif"))
 
 
-@pytest.mark.parametrize("read", [decode, image_size])
+@pytest.mark.parametrize("read", [decode, decode_gray])
 def test_missing_and_unreadable_files_are_named(tmp_path, read):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"gone\.png cannot be read as an image: No such file"):
@@ -161,84 +166,59 @@ def test_missing_and_unreadable_files_are_named(tmp_path, read):
             read(str(tmp_path / "locked.png"))
 
 
-def test_image_files_are_found_sorted_at_any_depth_and_others_passed_over(tmp_path):
-    wanted = ["Größe 1.JPG", "a/b/c.png", "z.Tiff"]
-    others = [".hidden.png", "._z.png", ".thumbnails/t.png", "Thumbs.db", ".DS_Store", "notes.txt", "png"]
-    for name in wanted + others:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    assert image_files(tmp_path) == [str(tmp_path / name) for name in wanted]
-
-
-def make_images(root, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-
-
-def test_links_to_files_and_folders_are_followed(tmp_path):
-    make_images(tmp_path, "class/0.png", "elsewhere/1.png", "elsewhere/deep/2.png")
-    (tmp_path / "class/file.png").symlink_to(tmp_path / "elsewhere/1.png")
-    (tmp_path / "class/folder").symlink_to("../elsewhere")
-    (tmp_path / "class/.hidden").symlink_to("../elsewhere")
-    (tmp_path / "class/dead").symlink_to("nowhere")
-    (tmp_path / "link").symlink_to("class")
-    for name in ("class", "link"):
-        found = ["0.png", "file.png", "folder/1.png", "folder/deep/2.png"]
-        assert image_files(tmp_path / name) == [str(tmp_path / name / file) for file in found]
-
-
-@pytest.mark.parametrize("target", [".", "..", "../..", "/", "deep", "deep/../../../root"])
-def test_a_link_to_a_folder_around_it_is_passed_over(tmp_path, monkeypatch, target):
-    make_images(tmp_path, "root/class/deep/0.png")
-    monkeypatch.chdir(tmp_path / "root")
-    place = "class/deep" if target == "deep" else "class"
-    Path(place, "link").symlink_to(tmp_path / "root/class/deep" if target == "deep" else target)
-    for folder in (tmp_path / "root/class", Path("class"), Path("../root/class")):
-        assert image_files(folder) == [str(folder / "deep/0.png")]
-
-
-def test_links_that_lead_round_in_a_circle_end(tmp_path):
-    make_images(tmp_path, "a/0.png", "b/inner/1.png", "c/2.png")
-    (tmp_path / "a/to b").symlink_to("../b/inner")
-    (tmp_path / "b/inner/to c").symlink_to("../../c")
-    (tmp_path / "c/to a").symlink_to("../a")
-    (tmp_path / "c/to b").symlink_to("../b")  # holds b/inner, which was passed on the way
-    found = ["0.png", "to b/1.png", "to b/to c/2.png"]
-    assert image_files(tmp_path / "a") == [str(tmp_path / "a" / file) for file in found]
-
-
-def test_the_working_folder_is_not_on_the_way_to_a_folder_beside_it(tmp_path, monkeypatch):
-    make_images(tmp_path, "class/0.png", "here/1.png")
-    (tmp_path / "class/more").symlink_to("../here")
-    monkeypatch.chdir(tmp_path / "here")
-    assert image_files(Path("../class")) == ["../class/0.png", "../class/more/1.png"]
-
-
-def test_folders_without_images_are_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/notes.txt").write_text("")
-    with pytest.raises(InputError, match=r"empty holds no images: expected files ending in \.jpg"):
-        image_files(tmp_path / "empty")
-    with pytest.raises(InputError, match="nowhere cannot be read as a folder: No such file"):
-        image_files(tmp_path / "nowhere")
-
-
 def test_decode_all_keeps_the_order_and_fits_sizes(tmp_path):
     files = []
     for number in range(600):
         files.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", (4, 2), (number % 256, number // 256, 0)).save(files[-1])
-    images = decode_all(files, (4, 2), fit=False)
+    images, _ = decode_all(files, (4, 2), fit=False)
     assert images.shape == (600, 3, 2, 4)
     assert images[:, 0, 0, 0].tolist() == [number % 256 for number in range(600)]
     assert images[:, 1, 1, 3].tolist() == [number // 256 for number in range(600)]
-    assert torch.equal(decode_all(files[:3], (3, 3), fit=True), images[:3, :, :1, :1].expand(-1, -1, 3, 3))
+    assert torch.equal(decode_all(files[:3], (3, 3), fit=True)[0], images[:3, :, :1, :1].expand(-1, -1, 3, 3))
 
 
 def test_decode_all_names_the_first_file_that_differs(tmp_path):
     files = [str(tmp_path / f"{number}.png") for number in range(4)]
     for file, size in zip(files, [(4, 2), (4, 2), (5, 6), (7, 7)], strict=True):
         Image.new("RGB", size).save(file)
-    with pytest.raises(InputError, match=r"2\.png has 5×6 pixels .* have 4×2: set image_size"):
+    with pytest.raises(InputError, match=r"2\.png has 5×6 pixels .* have 4×2: set --data.image_size"):
         decode_all(files, (4, 2), fit=False)
+
+
+def test_all_files_that_cannot_be_read_are_returned_in_order_and_the_others_decoded(tmp_path):
+    files = [str(tmp_path / f"{number:03d}.png") for number in range(600)]
+    broken = files[3], files[299], files[300], files[599]
+    for number, file in enumerate(files):
+        Image.new("RGB", (4, 2), (number % 256, 0, 0)).save(file)
+    for file in broken:
+        Path(file).write_bytes(broken_png()[:60])
+    images, failures = decode_all(files, (4, 2), fit=False)
+    assert tuple(failures) == tuple(failing(files)) == broken
+    whole = [number for number, file in enumerate(files) if file not in broken]
+    assert images[whole, 0, 0, 0].tolist() == [number % 256 for number in whole]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "1", "LA", "CMYK"])
+def test_gray_is_pillows_own(tmp_path, mode):
+    pixels = random_image(np.random.default_rng(0)).convert(mode)
+    file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    pixels.save(file)
+    (tensor,), _ = decode_all([str(file)], (8, 8), fit=False, grayscale=True)
+    expected = pixels.convert("RGB").convert("L") if mode == "CMYK" else pixels.convert("L")
+    assert tensor.shape == (1, 8, 8)
+    assert np.abs(tensor[0].numpy().astype(int) - np.asarray(expected)).max() <= (1 if mode == "CMYK" else 0)
+
+
+def test_headers_tell_sizes_and_whether_all_are_gray(tmp_path):
+    files = [str(tmp_path / f"{number}.png") for number in range(6)]
+    for file, (mode, size) in zip(
+        files, [("L", (4, 2)), ("1", (4, 2)), ("LA", (3, 3)), ("I;16", (4, 2)), ("RGB", (5, 5))], strict=False
+    ):
+        Image.new(mode, size).save(file)
+    Path(files[5]).write_bytes(b"no image")
+    assert look_at(files[:4]) == ({(4, 2): 3, (3, 3): 1}, True)
+    assert look_at(files) == ({(4, 2): 3, (3, 3): 1, (5, 5): 1}, False)
+    assert look_at(files[5:]) == ({}, False)
+    assert look_at(files, most=2) == ({(4, 2): 2}, True)
+    assert look_at([]) == ({}, False)

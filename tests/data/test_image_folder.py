@@ -10,10 +10,12 @@ from PIL import Image
 
 from pcnn_lightning.data import ImageFolder, folder
 from pcnn_lightning.data.datasets import MemoryImages
+from pcnn_lightning.data.decode import look_at
 from pcnn_lightning.data.disk import DiskImages
 from pcnn_lightning.errors import InputError
 
 TWO = {"cat": 6, "dog": 4}
+PLACES = [{}, {"in_memory": True}, {"in_memory": False, "image_size": 8}, {"image_size": 4}]
 
 
 def pixels(file) -> torch.Tensor:
@@ -58,22 +60,43 @@ def test_single_image_classes(tmp_path):
 def test_it_is_decided_once_for_all_splits_whether_memory_holds_the_images(tmp_path, monkeypatch):
     root = make_folder(tmp_path, {"train": TWO, "test": TWO})
     assert isinstance(ImageFolder(str(root)).test_set, MemoryImages)
-    assert isinstance(ImageFolder(str(root), in_memory=False).test_set, DiskImages)
+    assert isinstance(ImageFolder(str(root), in_memory=False, image_size=8).test_set, DiskImages)
     monkeypatch.setattr(folder, "MEMORY_LIMIT", 20 * 3 * 8 * 8 - 1)
-    assert isinstance(ImageFolder(str(root)).test_set, DiskImages)
+    assert isinstance(ImageFolder(str(root), image_size=8).test_set, DiskImages)
+    with pytest.raises(InputError, match=r"20 images of 8×8 take 3\.8 kB of memory, more than 3\.8 kB: set --data\.im"):
+        ImageFolder(str(root)).setup("test")
     assert isinstance(ImageFolder(str(root), image_size=4).test_set, MemoryImages)
     assert isinstance(ImageFolder(str(root), in_memory=True).test_set, MemoryImages)
 
 
-def test_sizes_that_differ(tmp_path):
+def test_sizes_that_differ_are_named_with_what_image_size_would_take(tmp_path):
     root = make_folder(tmp_path, {"train": TWO, "test": TWO})
     Image.new("RGB", (9, 5)).save(root / "test/dog/001.png")
-    data = ImageFolder(str(root))
-    assert data.test_set.size == 224
-    assert data.test_set.__getitems__([0]).images.shape == (1, 3, 224, 224)
-    assert isinstance(ImageFolder(str(root), image_size=6).test_set, MemoryImages)
-    with pytest.raises(InputError, match=r"dog.001\.png has 9×5 pixels .* have 8×8: set image_size"):
-        ImageFolder(str(root), in_memory=True).setup("test")
+    for options in ({}, {"in_memory": True}, {"in_memory": False}):
+        with pytest.raises(InputError) as caught:
+            ImageFolder(str(root), **options).setup("test")
+        # 20 images of 3 · 32², 3 · 64² and 3 · 224² bytes
+        assert str(caught.value).startswith(
+            "the 20 images are of 2 sizes, from 9×5 to 8×8: set --data.image_size to resize them. "
+            "They take 61.4 kB at 32×32, 245.8 kB at 64×64 and 3.0 MB at 224×224"
+        )
+    images = ImageFolder(str(root), image_size=6).test_set
+    assert isinstance(images, MemoryImages)
+    assert images.images.shape == (10, 3, 6, 6)
+
+
+def test_images_on_disk_need_a_size(tmp_path):
+    root = make_folder(tmp_path, {"train": TWO})
+    with pytest.raises(InputError, match=r"images of 8×8 are to be read from disk: set --data\.image_size"):
+        ImageFolder(str(root), in_memory=False).setup("fit")
+
+
+def test_a_size_that_headers_of_a_sample_do_not_show_is_named(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, {"train": TWO})
+    Image.new("RGB", (9, 5)).save(root / "train/cat/003.png")
+    monkeypatch.setattr(folder, "look_at", lambda files: look_at(files, most=2))
+    with pytest.raises(InputError, match=r"cat.003\.png has 9×5 pixels where others have 8×8: set --data\.image_size"):
+        ImageFolder(str(root)).setup("fit")
 
 
 def test_from_disk_evaluation_takes_the_middle(tmp_path):
@@ -155,13 +178,13 @@ def test_classes_that_differ_between_splits(tmp_path):
         ImageFolder(str(root))
 
 
-def test_an_empty_class(tmp_path):
-    root = make_folder(tmp_path, {"train": {"cat": 1, "dog": 0}})
-    with pytest.raises(InputError, match="dog holds no images"):
+def test_all_empty_classes_are_named(tmp_path):
+    root = make_folder(tmp_path, {"train": {"cat": 1, "dog": 0, "owl": 0}})
+    with pytest.raises(InputError, match=r"train holds no images \(\.jpg, .*\) of 2 of 3 classes: dog, owl"):
         ImageFolder(str(root)).setup("fit")
 
 
-@pytest.mark.parametrize("options", [{}, {"in_memory": True}, {"in_memory": False}, {"image_size": 4}])
+@pytest.mark.parametrize("options", PLACES)
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_file_is_named(tmp_path, options, num_workers):
     root = make_folder(tmp_path, {"train": TWO})
@@ -171,7 +194,7 @@ def test_a_broken_file_is_named(tmp_path, options, num_workers):
         list(data.train_dataloader())
 
 
-@pytest.mark.parametrize("options", [{}, {"in_memory": True}, {"in_memory": False}, {"image_size": 4}])
+@pytest.mark.parametrize("options", PLACES)
 @pytest.mark.parametrize("place", ["train/dog", "val/cat", "test/dog", "predict"])
 def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path, options, place):
     root = make_folder(tmp_path, {"train": TWO, "val": TWO, "test": TWO, "predict": {"": 1}})
@@ -201,13 +224,81 @@ def test_validating_needs_no_training_images(tmp_path):
     assert len(data.val_set) == 10
 
 
-@pytest.mark.parametrize(("options", "shape"), [({}, (3, 8, 10)), ({"image_size": 6}, (3, 6, 6))])
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_the_shape_of_images_is_known_before_they_are_read(tmp_path, in_memory, options, shape):
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [({}, (3, 8, 10)), ({"image_size": 6}, (3, 6, 6)), ({"image_size": 6, "in_memory": False}, (3, 6, 6))],
+)
+@pytest.mark.parametrize("grayscale", [True, False])
+def test_the_shape_of_images_is_known_before_they_are_read(tmp_path, options, shape, grayscale):
     for split in ("train", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)
         Image.new("RGB", (10, 8)).save(tmp_path / split / "cat" / "0.png")
-    data = ImageFolder(str(tmp_path), in_memory=in_memory, **options)
-    expected = shape if in_memory or options else (3, 224, 224)
+    data = ImageFolder(str(tmp_path), grayscale=grayscale, **options)
+    expected = (1, *shape[1:]) if grayscale else shape
     assert data.image_shape == expected
     assert tuple(data.test_set.__getitems__([0]).images.shape[1:]) == expected
+    assert data.on_after_batch_transfer(data.test_set.__getitems__([0]), 0)[0].shape == (1, *expected)
+
+
+# --- without a folder of the data set -------------------------------------------------------------------------------
+
+
+def test_the_shape_is_known_without_images(tmp_path):
+    data = ImageFolder(str(tmp_path / "nowhere"), num_classes=5, image_size=24)
+    assert (data.num_classes, data.image_shape) == (5, (3, 24, 24))
+    with pytest.raises(InputError, match="nowhere has no folder train, val or test"):
+        data.setup("fit")
+
+
+def test_a_number_of_classes_must_be_that_of_the_folders(tmp_path):
+    root = make_folder(tmp_path, {"train": TWO})
+    assert ImageFolder(str(root), num_classes=2).classes == ["cat", "dog"]
+    with pytest.raises(
+        InputError, match=r"num_classes is 3, but .* has class folders for 2: set --data\.num_classes 2"
+    ):
+        ImageFolder(str(root), num_classes=3)
+
+
+def test_named_classes_set_the_labels_and_must_be_there(tmp_path):
+    root = make_folder(tmp_path, {"train": TWO})
+    data = ImageFolder(str(root), classes=["dog", "cat"], val_fraction=0)
+    assert data.train_set.labels.bincount().tolist() == [4, 6]
+    with pytest.raises(InputError, match="train must have the folders of the classes cat, owl: missing owl; extra dog"):
+        ImageFolder(str(root), classes=["cat", "owl"]).setup("fit")
+
+
+@pytest.mark.parametrize("in_memory", [None, False])
+def test_images_are_predicted_without_a_data_set_as_those_of_its_test_split(tmp_path, in_memory):
+    root = make_folder(tmp_path, {"train": TWO, "test": TWO}, size=(14, 10))
+    expected = ImageFolder(str(root), image_size=6, in_memory=in_memory).test_set.unlabelled().__getitems__([0, 1])
+    data = ImageFolder(
+        str(tmp_path / "nowhere"),
+        classes=["cat", "dog"],
+        predict_dir=str(root / "test"),
+        image_size=6,
+        in_memory=in_memory,
+    )
+    assert torch.equal(data.predict_set.__getitems__([0, 1]).images, expected.images)
+
+
+def test_images_to_predict_look_the_same_from_memory_and_from_disk(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, {"train": TWO, "predict": {"": 3}}, size=(14, 10))
+    Image.new("RGB", (7, 9), (1, 2, 3)).save(root / "predict" / "other.png")
+    sets = []
+    for available in (10**6, 10):
+        monkeypatch.setattr(folder, "available_memory", lambda available=available: available)
+        sets.append(ImageFolder(str(root), predict_dir=str(root / "predict")).predict_set)
+    assert [type(images) for images in sets] == [MemoryImages, DiskImages]
+    memory, disk = (images.__getitems__([0, 1, 2, 3]).images for images in sets)
+    assert memory.shape == (4, 3, 10, 14)
+    assert torch.equal(memory, disk)
+
+
+def test_images_take_the_given_mean_and_deviation(tmp_path):
+    root = make_folder(tmp_path, {"test": TWO})
+    data = ImageFolder(str(root), mean=[0.5, 0.0, 1.0], std=[0.5, 1.0, 0.25])
+    batch = data.test_set.__getitems__([0])
+    found = data.on_after_batch_transfer(batch, 0)[0]
+    scaled = batch.images / 255
+    expected = (scaled - torch.tensor([0.5, 0, 1]).view(3, 1, 1)) / torch.tensor([0.5, 1, 0.25]).view(3, 1, 1)
+    torch.testing.assert_close(found, expected)
