@@ -26,7 +26,7 @@ class StageLogger(TensorBoardLogger):
     The curves of a quantity share a chart, in different colors: training and validation as ``<stage>/train`` and
     ``<stage>/val``, so that a color begins where a stage begins. The charts that tell how a run converges come first,
     numbered in the order of reading: ``convergence/1_cross_entropy``, ``2_`` the quantization loss, ``3_`` further
-    terms of the loss, ``4_accuracy``, ``5_`` the learning rates, ``6_stage`` and, if there are several terms, their
+    terms of the loss, ``4_accuracy``, ``5_lr_`` the learning rates, ``6_stage`` and, if there are several terms, their
     sum, ``7_loss``. Everything is drawn against batches.
 
     The sub-run ``results`` has the figures, the best metric of each stage and the test metrics; the page HPARAMS shows
@@ -93,7 +93,7 @@ class StageLogger(TensorBoardLogger):
         if kind in ("train", "val"):
             return self._sub_run(kind), f"convergence/{self._rank(rest)}_{rest}"
         if kind == "lr":
-            return self._sub_run("train"), f"convergence/5_learning_rate_of_{rest}"
+            return self._sub_run("train"), f"convergence/5_lr_{rest}"
         return self._sub_run("train"), "convergence/6_stage" if name == "stage" else name
 
     def _rank(self, name: str) -> int:

@@ -79,7 +79,7 @@ def test_training_and_validation_share_charts_and_stages_are_apart(progressive):
                 found = curve(runs[f"{stage}/{split}"], f"convergence/{chart}")
                 assert found == {step: pytest.approx(value) for step, value in expected.items()}, (split, name)
         others = {tag for tag in runs[f"{stage}/train"].Tags()["scalars"] if tag.startswith("convergence")}
-        rates = {"5_learning_rate_of_kernels", "5_learning_rate_of_projections", "6_stage"}
+        rates = {"5_lr_kernels", "5_lr_projections", "6_stage"}
         assert others == {f"convergence/{name}" for name in (*charts.values(), *rates)}
 
 
