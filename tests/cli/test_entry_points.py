@@ -10,7 +10,7 @@ import pytest
 from cli_helpers import DIGITS, NETWORK, TRAINING
 
 import pcnn_lightning
-from pcnn_lightning.cli import main
+from pcnn_lightning.cli.entry import script
 from pcnn_lightning.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -19,25 +19,31 @@ ROOT = Path(__file__).parents[2]
 class TestStarting:
     def test_version(self, command):
         run = command("--version")
-        assert (run.code, run.out.strip()) == (0, f"pcnn_lightning {pcnn_lightning.__version__}")
+        assert (run.code, run.out.strip()) == (0, f"pcnn-lightning {pcnn_lightning.__version__}")
 
     def test_as_a_module(self):
         run = subprocess.run(
             [sys.executable, "-m", "pcnn_lightning", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
         )
-        assert (run.returncode, run.stdout.strip()) == (0, f"pcnn_lightning {pcnn_lightning.__version__}"), run.stderr
+        assert (run.returncode, run.stdout.strip()) == (0, f"pcnn-lightning {pcnn_lightning.__version__}"), run.stderr
 
     def test_console_script(self):
         declared = re.search(r'^pcnn-lightning = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         assert declared is not None
-        assert resolve_name(declared[1]) is main
+        assert resolve_name(declared[1]) is script
+
+    def test_console_script_returns_nothing(self, monkeypatch, capsys):
+        """Its result is the exit status."""
+        monkeypatch.setattr(sys, "argv", ["pcnn-lightning", "summary", *DIGITS, *NETWORK])
+        assert script() is None
+        assert "classifier" in capsys.readouterr().out
 
     def test_installed_console_script(self):
         script = Path(sys.executable).with_name("pcnn-lightning")
         if not script.exists():
             pytest.skip("the package is not installed here")
         run = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
-        assert (run.returncode, run.stdout.strip()) == (0, f"pcnn_lightning {pcnn_lightning.__version__}"), run.stderr
+        assert (run.returncode, run.stdout.strip()) == (0, f"pcnn-lightning {pcnn_lightning.__version__}"), run.stderr
 
     def test_help(self, command):
         run = command("fit", "--help")
