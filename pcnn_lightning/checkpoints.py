@@ -1,4 +1,4 @@
-"""Writing checkpoints whole, reading them, and explaining in one line what is wrong with one."""
+"""Where the files of a run are; writing checkpoints whole, reading them, and what is wrong with one in one line."""
 
 import io
 import os
@@ -39,6 +39,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as :func:`load_checkpoint` does, whatever the other arguments and the environment say."""
         return load_checkpoint(str(path))
+
+
+def folder_of_run(trainer: Trainer) -> Path:
+    """The folder of a run, the same in all processes, which must all ask for it.
+
+    That is the trainer's ``run_folder``, which a run of the command line has, and otherwise the folder in which
+    Lightning makes ``checkpoints``: of the version of the first logger or, without loggers, ``default_root_dir``.
+    """
+    folder: Path | None = getattr(trainer, "run_folder", None)
+    if folder is None:
+        folder = Path(trainer.default_root_dir)
+        for logger in trainer.loggers[:1]:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            folder = Path(logger.save_dir or folder, str(logger.name), version)
+    return Path(trainer.strategy.broadcast(str(folder)))
 
 
 def use_atomic_io(trainer: Trainer) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from pcnn_lightning.checkpoints import folder_of_run
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import write_whole
 from pcnn_lightning.layers import QuantizedConv2d, one_bit_layers
@@ -26,7 +27,7 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#
 
 
 class DrawingCallback(Callback):
-    """Writes figures as PNG files to the log folder and shows them in TensorBoard, W&B and MLflow.
+    """Writes figures as PNG files to the folder of the run and shows them in TensorBoard, W&B and MLflow.
 
     Only the first process draws and writes; on the others, ``folder`` is None and ``loggers`` is empty.
 
@@ -62,8 +63,7 @@ class DrawingCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_drawn = False
-        # log_dir is broadcast, so all processes read it here: after an exception they are out of step.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = folder_of_run(trainer)  # asked for here, because after an exception the processes are out of step
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.folder = folder
             self.loggers = list(trainer.loggers)

@@ -1,7 +1,6 @@
 """Curves of the loss terms and the accuracy over a run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, mark_stages
+from pcnn_lightning.checkpoints import folder_of_run
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.losses import LossTerm
 
@@ -59,9 +59,10 @@ class LossCurves(DrawingCallback):
             self.validation = _logged(trainer, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # asked for by all processes
-        if trainer.is_global_zero and trainer.loggers:
-            self.folder = Path(str(folder))
+        folder = folder_of_run(trainer)  # asked for by all processes
+        has_folder = trainer.loggers or getattr(trainer, "run_folder", None) is not None
+        if has_folder and trainer.is_global_zero:
+            self.folder = folder
             self.write("test", [{"checkpoint": trainer.ckpt_path, **_logged(trainer, "test")}])
 
     def draw(self, trainer: Trainer) -> None:

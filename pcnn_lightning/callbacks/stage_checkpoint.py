@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class StageCheckpoint(ModelCheckpoint):
     folder with the checkpoints of another run is refused.
 
     Args:
-        dirpath: folder of the checkpoints; None takes ``checkpoints`` in the folder of the logs.
+        dirpath: folder of the checkpoints; None takes ``checkpoints`` in the folder of the run.
         monitor: name of the metric to compare, logged in validation.
         mode: ``max`` if higher values of ``monitor`` are better, ``min`` if lower ones are.
         save_last: whether to write ``last.ckpt``.
@@ -82,7 +83,9 @@ class StageCheckpoint(ModelCheckpoint):
         return [self.folder / name for name in (*(best["checkpoint"] for best in self.stages.values()), LAST)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # on_fit_start refuses a folder of another run
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Now rather than at the first checkpoint, an epoch later.
             check_writable(self.folder)

@@ -19,15 +19,17 @@ class StageSwitch(Callback):
     reset, so that the best checkpoint of the run is a binary one. The module may redraw second parameters
     (``reinit_projection`` of PCNN). Modules without a ternary stage, such as MCN, are left unchanged.
 
+    A run that ``max_epochs`` or ``max_steps`` ends before the switch, such as a short trial, warns and stays ternary.
+
     Args:
-        epoch: the first binary epoch or, below 1, its position as a fraction of ``max_epochs``. Schedules of the
-            ternary stage span the epochs before it.
+        epoch: the first binary epoch or, below 1, its position as a fraction of ``max_epochs``: rounded, and at least
+            1. Schedules of the ternary stage span the epochs before it.
         patience: switch earlier if ``monitor`` has not risen for this many validations; None never does.
         monitor: the metric to watch; higher is better.
 
     Raises:
         ValueError: if ``epoch`` or ``patience`` is not positive.
-        InputError: when training starts, if the run cannot begin ternary and end binary.
+        InputError: when training starts, if the model is binary from the first epoch, or a share has no ``max_epochs``.
     """
 
     def __init__(self, epoch: float, patience: int | None = None, monitor: str = "val/accuracy") -> None:
@@ -42,6 +44,7 @@ class StageSwitch(Callback):
         self.epoch, self.patience, self.monitor = epoch, patience, monitor
         self.best = float("-inf")
         self.validations_since_best = 0
+        self._is_announced = False  # that the run ends before the switch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "ternary" not in pl_module.trained_stages:  # type: ignore[operator]
@@ -53,18 +56,25 @@ class StageSwitch(Callback):
         if epochs < 0 and self.epoch < 1:
             raise InputError(f"StageSwitch at a share of the run ({self.epoch}) needs trainer.max_epochs to be set")
         self.first_binary_epoch = max(1, round(self.epoch * epochs)) if self.epoch < 1 else int(self.epoch)
-        if 0 <= epochs <= self.first_binary_epoch and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise InputError(
-                f"StageSwitch at epoch {self.first_binary_epoch} leaves no binary epoch: trainer.max_epochs is {epochs}"
-            )
         if pl_module.stage == "ternary":
-            steps = -(-trainer.num_training_batches // pl_module.hparams.get("accumulate", 1)) * self.first_binary_epoch
-            if 0 <= trainer.max_steps <= steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise InputError(
-                    f"StageSwitch at epoch {self.first_binary_epoch}, after {steps:.0f} steps, leaves no binary step: "
-                    f"trainer.max_steps is {trainer.max_steps}"
-                )
             pl_module.stage_end = self.first_binary_epoch  # type: ignore[assignment]
+            self._is_announced = self.patience is None and self._announce(trainer, pl_module, epochs)
+
+    def _announce(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> bool:
+        """Warn if the run is to end before the switch."""
+        steps = -(-trainer.num_training_batches // pl_module.hparams.get("accumulate", 1)) * self.first_binary_epoch
+        if 0 <= epochs <= self.first_binary_epoch:
+            end = f"trainer.max_epochs {epochs}"
+        elif 0 <= trainer.max_steps <= steps:
+            end = f"trainer.max_steps {trainer.max_steps}"
+        else:
+            return False
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{end} ends this run before StageSwitch at epoch {self.first_binary_epoch} (step {steps:.0f}): "
+                "only the ternary stage is trained"
+            )
+        return True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx > 0:  # not on_train_epoch_start, which is skipped when resuming from the end of an epoch
@@ -87,7 +97,7 @@ class StageSwitch(Callback):
             self.validations_since_best += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.stage == "ternary" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if pl_module.stage == "ternary" and not self._is_announced and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(f"the run has ended before StageSwitch at epoch {self.first_binary_epoch}: it is ternary")
 
     def state_dict(self) -> dict[str, Any]:

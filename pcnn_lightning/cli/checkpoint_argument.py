@@ -1,6 +1,7 @@
 """``--ckpt_path FILE``: the model that the file describes."""
 
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,12 @@ def checkpoint_argument(args: list[str]) -> str | None:
             path = argument.partition("=")[2] or following
             return None if path in ("best", "last", "null", "") else path
     return None
+
+
+def without_checkpoint(args: list[str]) -> list[str]:
+    """The arguments without ``--ckpt_path``."""
+    words = pairwise(["", *args])
+    return [word for before, word in words if before != "--ckpt_path" and not re.match("--ckpt_path(=|$)", word)]
 
 
 def model_config(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from pcnn_lightning.cli.names import class_names, config_names
+from pcnn_lightning.cli.names import class_names, packaged_configs
 
 COMPLETED_AS = {"run_dir": "directory", "runs": "directory", "output": "file", "ckpt_path": "file"}
 """What shtab completes arguments with whose type is just a string."""
@@ -51,7 +51,7 @@ def _complete_values(parser: ArgumentParser) -> None:
             # reach deep into torch: the script would have 200 MB.
             action.complete = {}  # type: ignore[attr-defined]
     if "--config" in flags:
-        names = " ".join(config_names())
+        names = " ".join(packaged_configs())
         both = f'compgen -f -- "$1"; compgen -W "{names}" -- "$1"'  # files, and the configurations that come along
         flags["--config"].complete = {  # type: ignore[attr-defined]
             "bash": "_pcnn_lightning_config_files",

@@ -1,10 +1,11 @@
 """What every run has unless its configuration or a flag changes it: a folder, logs, checkpoints and recorders."""
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from pcnn_lightning.callbacks import (
@@ -19,6 +20,7 @@ from pcnn_lightning.callbacks import (
     StageProgressBar,
     StageSwitch,
 )
+from pcnn_lightning.cli.run_folder import CHECKPOINTS
 from pcnn_lightning.loggers import StageLogger
 
 OPTIONAL: dict[str, type[Callback]] = {"stage_switch": StageSwitch}
@@ -39,9 +41,8 @@ DEFAULTS: dict[str, type[Callback]] = {
 
 def add_run_arguments(parser: LightningArgumentParser) -> None:
     """Add the folder of the run and its callbacks to a subcommand."""
-    parser.add_argument(
-        "--run_dir", type=str, default="runs/default", help="Folder of runs; each has its own version_N in it."
-    )
+    about = "Folder of runs, each with its own version_N in it; or one of these, to name a run."
+    parser.add_argument("--run_dir", type=str, default="runs/default", help=about)
     for name, callback in {**OPTIONAL, **DEFAULTS}.items():
         default = None if name in OPTIONAL else {"class_path": f"pcnn_lightning.{callback.__name__}"}
         parser.add_argument(
@@ -58,7 +59,6 @@ def trainer_arguments(run: Namespace) -> dict[str, Any]:
     arguments = dict(run["trainer"])
     if arguments["barebones"]:  # only the loop
         return arguments
-    run_dir = run["run_dir"]
     callbacks = _listed(arguments["callbacks"])
     for name, callback in {**OPTIONAL, **DEFAULTS}.items():
         wanted = run[name] is not None and not any(isinstance(one, callback) for one in callbacks)
@@ -68,13 +68,25 @@ def trainer_arguments(run: Namespace) -> dict[str, Any]:
         callbacks.append(StageProgressBar())
     if run["checkpoint"] is None and not any(isinstance(one, Checkpoint) for one in callbacks):
         arguments["enable_checkpointing"] = False  # otherwise Lightning adds a checkpoint callback of its own
-    if arguments["logger"] in (None, True):
-        arguments["logger"] = StageLogger(run_dir)
-    logger = _listed(arguments["logger"])
-    if arguments["default_root_dir"] is None:
-        arguments["default_root_dir"] = run_dir
+    logger: bool | list[Any] = True if arguments["logger"] in (None, True) else _listed(arguments["logger"])
     # In place of Lightning's summary, which does not know 1-bit layers, there is OneBitCLI.before_fit.
     return {**arguments, "callbacks": callbacks, "logger": logger, "enable_model_summary": False}
+
+
+def use_folder(arguments: dict[str, Any], folder: Path | None) -> None:
+    """Let a Trainer's loggers and checkpoints use the folder of the run, unless they have a place of their own.
+
+    Args:
+        arguments: of :func:`trainer_arguments`; they are changed.
+        folder: the folder; None for none, and then no logs by default.
+    """
+    for callback in arguments["callbacks"]:
+        if folder is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(folder / CHECKPOINTS)
+    if arguments["logger"] is True:
+        arguments["logger"] = _listed(folder and StageLogger(folder.parent))
+    if arguments["default_root_dir"] is None and folder is not None:
+        arguments["default_root_dir"] = str(folder)
 
 
 def _listed(given: Any) -> list[Any]:

@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +16,7 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pcnn_lightning.cli.interruption import Interruption
+from pcnn_lightning.cli.names import PROGRAM, class_names, packaged_configs
 from pcnn_lightning.cli.parser import OneBitCLI, Parser, SaveConfig
 from pcnn_lightning.cli.subcommands import OneBitTrainer
 from pcnn_lightning.errors import DivergedError, InputError
@@ -30,9 +30,15 @@ IGNORED_WARNINGS = (
     r".*callbacks used to create the checkpoint",  # testing needs no training callbacks
     r"Using ModelCheckpoint with manual optimization",  # a trap that depends on attribute names we do not use
     r"It is recommended to use .self\.log\('(lr/|stage)",  # the same on all processes
-    r"Checkpoint directory .* exists and is not empty",  # files of other runs are not overwritten
 )
 """Warnings that a user cannot or need not act on."""
+
+
+DESCRIPTION = (
+    "Train 1-bit convolutional networks. To begin: fit --config digits.yaml. "
+    f"Models: {', '.join(class_names('model'))}. Data: {', '.join(class_names('data'))}. "
+    f"Configurations: {', '.join(packaged_configs())}."
+)
 
 
 def main(args: ArgsType = None) -> OneBitCLI:
@@ -40,6 +46,8 @@ def main(args: ArgsType = None) -> OneBitCLI:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack η, and a name may not be UTF-8
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as with python -m, for classes in files of the user
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     # Lightning advertises other products in the log of every run.
@@ -60,39 +68,53 @@ def main(args: ArgsType = None) -> OneBitCLI:
                 parser_class=Parser,
                 parser_kwargs={
                     **strict,
-                    "prog": "pcnn_lightning",
+                    "prog": PROGRAM,
+                    "usage": f"{PROGRAM} [options]",
                     "version": __version__,
-                    "description": "Train 1-bit convolutional networks.",
-                    **dict.fromkeys(OneBitCLI.subcommands(), strict),
+                    "description": DESCRIPTION,
+                    **{name: {**strict, **_usage(name)} for name in OneBitCLI.subcommands()},
                 },
                 args=args,
             )
-        except (InputError, DivergedError, MisconfigurationException) as error:
-            if "PCNN_LIGHTNING_TRACEBACK" in os.environ:
+        except BaseException as error:
+            status = _report(error, interruption)
+            if advice := getattr(error, "how_to_go_on", None):
+                print(advice, file=sys.stderr)
+            if status is None:
                 raise
-            # A data loader's worker sends its traceback along; the message follows the name of the error.
-            message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
-            _fail(message, 1 if isinstance(error, DivergedError) else 2)
-        except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
-            if "PCNN_LIGHTNING_TRACEBACK" in os.environ or not _is_of_lightning(error):
-                raise
-            _fail(f"{' '.join(str(error).split())} ({type(error).__name__})", 2)
-        except OSError as error:
-            if "PCNN_LIGHTNING_TRACEBACK" in os.environ or error.strerror is None:
-                raise
-            _fail(f"{error.strerror}: {error.filename or 'while writing a file of the run'}", 2)
-        except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)  # while nothing is being trained
-        except SIGTERMException:
-            sys.exit(interruption.status)  # Lightning's own status would mean success
+            sys.exit(status)
+
+
+def _report(error: BaseException, interruption: Interruption) -> int | None:
+    """Print an error in one line and return the exit status; None if the error is to be raised again."""
+    if isinstance(error, KeyboardInterrupt):  # while nothing is being trained
+        return 128 + signal.SIGINT
+    if isinstance(error, SIGTERMException):
+        return interruption.status  # Lightning's own status would mean success
+    if "PCNN_LIGHTNING_TRACEBACK" in os.environ:
+        return None
+    if isinstance(error, (InputError, DivergedError, MisconfigurationException)):
+        # A data loader's worker sends its traceback along; the message follows the name of the error.
+        message = str(error).rstrip().rsplit("InputError: ", 1)[-1]
+    elif isinstance(error, OSError) and error.strerror is not None:
+        message = f"{error.strerror}: {error.filename or 'while writing a file of the run'}"
+    elif isinstance(error, (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError)):
+        if not _is_of_lightning(error):
+            return None
+        message = f"{' '.join(str(error).split())} ({type(error).__name__})"
+    else:
+        return None
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return 1 if isinstance(error, DivergedError) else 2
+
+
+def _usage(subcommand: str) -> dict[str, str]:
+    """Instead of a list of all flags, which follow with their meaning."""
+    given = "RUN [RUN ...]" if subcommand == "compare" else "[--config FILE]"
+    return {"usage": f"{PROGRAM} {subcommand} {given} [options]"}
 
 
 def _is_of_lightning(error: BaseException) -> bool:
     """Whether Lightning itself raised this error, which is then about its arguments."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(lightning.__file__).parent in Path(frames[-1].filename).parents
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    print(f"pcnn_lightning: error: {message}", file=sys.stderr)
-    sys.exit(status)

@@ -1,15 +1,19 @@
-"""Stops a run between two batches, so that its checkpoint is exact."""
+"""Stops a run between two batches, so that its checkpoint is exact, and says how to go on from it."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+
+from pcnn_lightning.cli.checkpoint_argument import without_checkpoint
 
 
 class Interruption:
@@ -101,3 +105,29 @@ class BetweenBatchesAndCheckpoints(BetweenBatches, Checkpoint):
 
     A Trainer without checkpoints does not accept it.
     """
+
+
+def resume_command(trainer: Trainer, args: Sequence[str]) -> str | None:
+    """The command that goes on from the last checkpoint of a run, for a shell; None if it has written none.
+
+    It names the file, because ``last`` may soon be that of another run.
+
+    Args:
+        trainer: the trainer of the run.
+        args: the arguments of the command that was used.
+    """
+    callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    saved = [Path(one.last_model_path) for one in callbacks if one.last_model_path and not one.save_weights_only]
+    path = max((one for one in saved if one.is_file()), key=lambda one: one.stat().st_mtime, default=None)
+    if path is None or not trainer.is_global_zero:
+        return None
+    place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    # As it was typed, python with its options included, unless main was called with other arguments.
+    begin = sys.orig_argv[: -len(args)] if list(args) == sys.argv[1:] else ["python", "-m", "pcnn_lightning"]
+    return shlex.join([*begin, *without_checkpoint(list(args)), "--ckpt_path", str(place)])
+
+
+def ended_by_time(trainer: Trainer) -> bool:
+    """Whether ``max_time`` has ended training."""
+    timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)

@@ -1,5 +1,10 @@
-"""Names that stand for more on the command line: of models and data, and of the configurations that come along."""
+"""Names that stand for more on the command line, and mistakes told by them.
 
+These are the names of models and data, and of the configurations that come along.
+"""
+
+import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,6 +12,9 @@ from pathlib import Path
 
 from pcnn_lightning import data
 from pcnn_lightning.families import FAMILIES
+
+PROGRAM = "pcnn_lightning"
+"""The installed command, which is the same as ``python -m pcnn_lightning``."""
 
 
 def class_names(argument: str) -> list[str]:
@@ -37,18 +45,62 @@ def with_packaged_configs(args: Sequence[str]) -> list[str]:
     return found
 
 
-def config_names() -> list[str]:
-    """The names of this package's configurations."""
-    return sorted(path.name for folder in _CONFIGS for path in folder.glob("*.yaml"))
+def packaged_configs() -> dict[str, Path]:
+    """The configurations that come along, by their names."""
+    package = Path(__file__).parents[1]
+    # In a checkout, they lie beside the package; an installed one has them inside.
+    folder = next((one for one in (package / "configs", package.parent / "configs") if one.is_dir()), package)
+    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _packaged(name: str) -> str:
     path = Path(name)
-    if path.parent not in (Path(), Path("configs")) or path.suffix != ".yaml" or path.exists():
+    if path.parent not in (Path(), Path("configs")) or path.exists():
         return name
-    return next((str(folder / path.name) for folder in _CONFIGS if (folder / path.name).is_file()), name)
+    return str(packaged_configs().get(path.name, name))
 
 
-_PACKAGE = Path(__file__).parents[1]
-_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-"""An installed package has its configurations inside; in a checkout, they lie beside it."""
+def readable(message: str) -> str:
+    """The parser's message about a mistake, in one line that names what is allowed."""
+    names = {argument: f"one of {', '.join(class_names(argument))}" for argument in ("model", "data")}
+    if missing := re.search(r"arguments are required: (.+)", message):
+        wanted = [f"--{name} ({names[name]})" for name in ("model", "data") if f".{name}" in missing[1]]
+        if wanted:
+            return f"{' and '.join(wanted)} must be given, or a configuration that has it, such as --config digits.yaml"
+    if wrong := re.search(r'Parser key "(model|data)".*Expected a dot import path string: (\S+)', message, re.DOTALL):
+        return f"{wrong[1]} must be {names[wrong[1]]}, or the import path of a class, but got {wrong[2]}"
+    if missing := re.search(r'Parser key "config": File does not exist: \'(.+)\'', message):
+        return (
+            f"there is no configuration {os.path.relpath(missing[1])}; those that come along need no folder: "
+            f"{', '.join(packaged_configs())}"
+        )
+    if missing := re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL):
+        return f"{missing[1]}: no class {missing[2]} fits here"
+    # Of the reasons why a value fits none of several types, the class that was named has the one that helps.
+    key, reason = (
+        re.search(r'Parser key "(.+?)"', message),
+        re.search(r"class_path '(.+?)':\s+(.+?)\n\s+- Expected a <class", message, re.DOTALL),
+    )
+    if key is None:
+        return message
+    if reason is None:
+        return _expected(key[1], message) or message
+    if inner := re.match(r'Parser key "(.+?)"', reason[2]):
+        return _expected(f"{key[1]}.{inner[1]}", reason[2]) or message
+    return f"{key[1]}: {reason[1]}: {' '.join(reason[2].split())}"
+
+
+def _expected(key: str, message: str) -> str | None:
+    """What a value of a plain type must be."""
+    types = [_plain(kind) for kind in re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)]
+    value = re.search(r"(?:Got value|Given value): (.+)", message)
+    if not types or value is None or any("." in kind for kind in types):
+        return None
+    return f"{key} must be {' or '.join(dict.fromkeys(types))}, but got {value[1]}"
+
+
+def _plain(kind: str) -> str:
+    if choices := re.fullmatch(r"typing\.Literal\[(.+)\]", kind):
+        return f"one of {choices[1].replace(chr(39), '')}"
+    named = re.fullmatch(r"<class '(\w+)'>", kind)
+    return {"NoneType": "null", "str": "text"}.get(named[1], named[1]) if named else kind.replace("typing.", "")

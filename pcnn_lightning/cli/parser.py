@@ -1,7 +1,8 @@
 """LightningCLI with the project's subcommands, defaults of a run, and readable mistakes."""
 
-import re
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 
 from pcnn_lightning import data  # noqa: F401  (lets the parser resolve its classes by their short names)
-from pcnn_lightning.checkpoints import load_checkpoint
+from pcnn_lightning.checkpoints import folder_of_run, load_checkpoint
 from pcnn_lightning.cli.checkpoint_argument import (
     LINKED,
     checkpoint_argument,
@@ -22,19 +23,24 @@ from pcnn_lightning.cli.checkpoint_argument import (
     packed_config,
 )
 from pcnn_lightning.cli.completion import add_completion
-from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments
-from pcnn_lightning.cli.interruption import BetweenBatches, BetweenBatchesAndCheckpoints
-from pcnn_lightning.cli.names import class_names, list_classes, with_packaged_configs
+from pcnn_lightning.cli.defaults import add_run_arguments, trainer_arguments, use_folder
+from pcnn_lightning.cli.interruption import (
+    BetweenBatches,
+    BetweenBatchesAndCheckpoints,
+    ended_by_time,
+    resume_command,
+)
+from pcnn_lightning.cli.names import PROGRAM, list_classes, readable, with_packaged_configs
 from pcnn_lightning.cli.run_folder import (
+    begin_run,
     continue_logs,
     find_checkpoint,
     folders_of,
-    next_version,
     requeued_checkpoint,
 )
-from pcnn_lightning.cli.subcommands import summary_of
+from pcnn_lightning.cli.subcommands import OneBitTrainer, summary_of
 from pcnn_lightning.data.memory import amount, available_memory
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
@@ -44,7 +50,7 @@ from pcnn_lightning.reports import NetworkSummary, compare
 class Parser(LightningArgumentParser):
     """A parser that reports a mistake without 150 lines of usage, which are what --help is for."""
 
-    def __init__(self, *args: Any, prog: str = "pcnn_lightning", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, prog: str = PROGRAM, **kwargs: Any) -> None:
         super().__init__(*args, prog=prog, **kwargs)  # else the help of a class would name the file that was run
 
     def print_usage(self, file: Any = None) -> None:
@@ -52,25 +58,16 @@ class Parser(LightningArgumentParser):
             super().print_usage(file)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        not_a_path = r'Parser key "(model|data)".*Expected a dot import path string: (\S+)'
-        if wrong := re.search(not_a_path, message, re.DOTALL):
-            names = ", ".join(class_names(wrong[1]))
-            message = f"{wrong[1]} must be one of {names}, or the import path of a class, but got {wrong[2]}"
-        # Of the reasons why a value fits none of several types, the class that was named has the one that helps.
-        key, reason = (
-            re.search(r'Parser key "(.+?)"', message),
-            re.search(r"class_path '(.+?)':\s+(Option '(?!class_path).+)", message),
-        )
-        super().error(f"{key[1]}: {reason[1]}: {reason[2]}" if key and reason else message, ex)
+        super().error(readable(message), ex)
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the folder of the logs, if a run that trains has logs."""
+    """Writes ``config.yaml`` into the folder of a run that trains."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not trainer.loggers or stage != "fit":
+        if stage != "fit" or getattr(trainer, "run_folder", None) is None:
             return
-        folder = Path(str(trainer.log_dir))  # asked for by all processes, of which the first one tells the others
+        folder = folder_of_run(trainer)  # asked for by all processes, of which the first one tells the others
         if trainer.is_global_zero:
             write_whole(folder / self.config_filename, self.parser.dump(self.config, skip_none=False).encode())
 
@@ -79,6 +76,7 @@ class OneBitCLI(LightningCLI):
     """The command line. A checkpoint's hyperparameters are the lowest layer of the configuration."""
 
     _ckpt_path: str | None = None  # the file behind --ckpt_path
+    _args: Sequence[str] = ()  # as they were given
     _step_before: int | None = None  # of the checkpoint that a run goes on from
 
     # Parsing.
@@ -112,6 +110,7 @@ class OneBitCLI(LightningCLI):
         if not isinstance(given, list):
             super().parse_arguments(parser, args)
             return
+        self._args = given
         list_classes(given)
         given = with_packaged_configs(given)
         path = checkpoint_argument(given)
@@ -195,36 +194,46 @@ class OneBitCLI(LightningCLI):
         if not arguments["barebones"]:
             last = BetweenBatches if arguments["enable_checkpointing"] is False else BetweenBatchesAndCheckpoints
             arguments["callbacks"].append(last())
-        self._find_run(run, arguments)
-        return self._instantiate_trainer({**arguments, **kwargs}, [])
+        folder = self._find_run(run, arguments)
+        try:
+            trainer: Trainer = self._instantiate_trainer({**arguments, **kwargs}, [])
+        except Exception:
+            if folder is not None:
+                with suppress(OSError):  # it is that of an earlier run
+                    folder.rmdir()
+            raise
+        if isinstance(trainer, OneBitTrainer) and self.subcommand in ("fit", "test"):
+            trainer.run_folder = folder
+        return trainer
 
-    def _find_run(self, run: Namespace, arguments: dict[str, Any]) -> None:
-        """Find the checkpoint to use, and let the logs continue those of its run."""
-        run_dir, loggers = Path(run["run_dir"]).expanduser(), arguments["logger"] or []
-        fitting, path = self.subcommand == "fit", run.get("ckpt_path")
+    def _find_run(self, run: Namespace, arguments: dict[str, Any]) -> Path | None:
+        """Find the checkpoint to use and the folder of the run, and let the logs continue those of its run."""
+        run_dir, fitting, path = Path(run["run_dir"]).expanduser(), self.subcommand == "fit", run.get("ckpt_path")
         if path in ("best", "last"):
-            roots = [Path(logger.root_dir) for logger in loggers if hasattr(logger, "root_dir")]
-            path = find_checkpoint(path, arguments["callbacks"] or [], roots or [run_dir], to_train=fitting)
+            path = find_checkpoint(path, arguments["callbacks"] or [], run_dir, to_train=fitting)
         elif path is None and fitting and SLURMEnvironment.detect():
             path = requeued_checkpoint(Path(arguments["default_root_dir"] or run_dir))
+        self._ckpt_path = None if path is None else str(path)
         folders: list[Path] = []
+        first_batch = None
         if path is not None and not is_packed(path):
             checkpoint = load_checkpoint(str(path))
             folders = folders_of(Path(path), checkpoint)
-            batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-            first_batch = batches.get("total", {}).get("ready")
             if fitting:
+                batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+                first_batch = batches.get("total", {}).get("ready")
                 self._step_before = checkpoint.get("global_step")
-            continue_logs(loggers, folders, first_batch if fitting else None)
-        self._ckpt_path = None if path is None else str(path)
+        if arguments["barebones"]:
+            return None
+        folder = next(iter(folders), None)
+        if fitting and not arguments["fast_dev_run"]:
+            own = run_dir.resolve()
+            folder = next((one for one in folders if own in (one, one.parent)), None) or begin_run(run_dir)
         if self.subcommand == "predict" and run["trainer"]["logger"] is None:
             arguments["logger"] = False
-        if fitting and run["trainer"]["default_root_dir"] is None and not arguments["barebones"]:
-            known = (folder for folder in folders if folder.parent == run_dir.resolve())
-            own = next(known, None) or next_version(run_dir)
-            # With loggers, only for the checkpoint of a job that is requeued, which Lightning would give to any job.
-            if not loggers or SLURMEnvironment.detect():
-                arguments["default_root_dir"] = str(own)
+        use_folder(arguments, folder)
+        continue_logs(arguments["logger"] or [], [folder, *folders] if folder else [], first_batch)
+        return folder
 
     # Running a subcommand.
 
@@ -232,8 +241,18 @@ class OneBitCLI(LightningCLI):
         if subcommand == "compare":
             asked = self.config["compare"]
             print(compare(asked["runs"], asked["output"], asked["metric"]))
-        else:
+            return
+        try:
             super()._run_subcommand(subcommand)
+        except BaseException as error:
+            # Printed after the message of the error.
+            change = ", after such a change" if isinstance(error, DivergedError) else ""
+            error.how_to_go_on = self._how_to_go_on(change)  # type: ignore[attr-defined]
+            raise
+
+    def _how_to_go_on(self, change: str) -> str | None:
+        command = resume_command(self.trainer, self._args) if self.subcommand == "fit" else None
+        return command and f"To go on{change}: {command}"
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -263,9 +282,11 @@ class OneBitCLI(LightningCLI):
         if self._step_before is not None and not went_on:
             print(
                 f"{path} has trained for {self.trainer.current_epoch} epochs already: nothing was left to train. "
-                "To go on, set trainer.max_epochs (or max_steps) higher.",
+                "To go on, set trainer.max_epochs (or max_steps, max_time) higher.",
                 file=sys.stderr,
             )
+        elif ended_by_time(self.trainer) and (advice := self._how_to_go_on(", with a longer trainer.max_time")):
+            print(advice, file=sys.stderr)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -5,6 +5,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ CONFIG = "config.yaml"
 """Name of the configuration in the folder of a run that trains."""
 
 
-def find_checkpoint(word: str, callbacks: Sequence[Any], folders: Sequence[Path], to_train: bool = False) -> Path:
-    """The checkpoint ``last`` or ``best`` of the newest run that has one.
+def find_checkpoint(word: str, callbacks: Sequence[Any], run_dir: Path, to_train: bool = False) -> Path:
+    """The checkpoint ``last`` or ``best`` of the newest run that has one, or of the run that ``run_dir`` names.
 
     Args:
         word: ``last`` or ``best``.
         callbacks: the callbacks of the Trainer; a ``dirpath`` that is set is the only place to look in.
-        folders: folders that hold runs, ``version_N``.
+        run_dir: a folder of runs, or one of them, ``version_N``.
         to_train: whether training is to go on from it; a newer run that has none is then not passed over.
 
     Raises:
@@ -40,7 +41,7 @@ def find_checkpoint(word: str, callbacks: Sequence[Any], folders: Sequence[Path]
     if not saving:
         raise InputError(f"--ckpt_path {word}: there is no such checkpoint in the run's folder: checkpoint is null")
     given = [Path(callback.dirpath) for callback in saving if callback.dirpath]
-    places = given or [run / CHECKPOINTS for folder in folders for run in (*reversed(versions(folder)), folder)]
+    places = given or [run / CHECKPOINTS for run in (*reversed(versions(run_dir)), run_dir)]
     for place in places:
         found = place / LAST if word == "last" else best_checkpoint(place)
         if found is not None and found.is_file():
@@ -52,7 +53,7 @@ def find_checkpoint(word: str, callbacks: Sequence[Any], folders: Sequence[Path]
                 f"--ckpt_path {word}: the newest run, {place.parent}, ended before it saved a checkpoint: "
                 "start it again without --ckpt_path, or name the checkpoint of an earlier run"
             )
-    raise InputError(f"--ckpt_path {word}: there is no such checkpoint in {', '.join(map(str, given or folders))}")
+    raise InputError(f"--ckpt_path {word}: there is no such checkpoint in {', '.join(map(str, given or [run_dir]))}")
 
 
 def versions(folder: Path) -> list[Path]:
@@ -61,10 +62,31 @@ def versions(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def next_version(folder: Path) -> Path:
-    """The folder of a new run in ``folder``."""
-    newest = versions(folder)[-1:]
-    return folder / f"version_{int(newest[0].name.removeprefix('version_')) + 1 if newest else 0}"
+def begin_run(run_dir: Path) -> Path:
+    """Make the folder of a new run: the next ``version_N`` in ``run_dir``, or ``run_dir`` if that is its name.
+
+    Runs that begin at the same time get different folders.
+
+    Raises:
+        InputError: if ``run_dir`` names a run that there is already.
+    """
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # the other processes are told by it
+    if _VERSION.fullmatch(run_dir.name):
+        if is_first and ((run_dir / CONFIG).exists() or (run_dir / CHECKPOINTS).exists()):
+            raise InputError(
+                f"run_dir: {run_dir} is a run already: go on with it by --ckpt_path last, "
+                f"or begin another one in {run_dir.parent}"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir
+    while True:
+        newest = versions(run_dir)[-1:]
+        own = run_dir / f"version_{int(newest[0].name.removeprefix('version_')) + 1 if newest else 0}"
+        if not is_first:
+            return own
+        with suppress(FileExistsError):
+            own.mkdir(parents=True)
+            return own
 
 
 def requeued_checkpoint(folder: Path) -> Path | None:
@@ -89,19 +111,20 @@ def requeued_checkpoint(folder: Path) -> Path | None:
 
 
 def folders_of(path: Path, checkpoint: dict[str, Any]) -> list[Path]:
-    """The folders of logs of the run that wrote a checkpoint: by its place, then by its own record."""
+    """The folders of the run that wrote a checkpoint: by its place, then by its own record."""
     by_place = [folder for folder in path.resolve().parents[:2] if _VERSION.fullmatch(folder.name)]
-    return [*by_place, *(Path(folder) for folder in checkpoint["one_bit"].get("log_dirs", []))]
+    recorded = (Path(folder) for folder in checkpoint["one_bit"].get("log_dirs", []))
+    return [*by_place, *(folder for folder in recorded if folder.is_dir())]
 
 
 def continue_logs(loggers: Sequence[Logger], folders: Sequence[Path], first_batch: int | None) -> None:
-    """Let loggers write on into the folders of a run, if these are theirs and no version is set.
+    """Let loggers write into the folders of a run, if these are theirs and no version is set.
 
     Args:
         loggers: the loggers of the Trainer.
         folders: the folders of the run.
         first_batch: the batch of the run that training goes on with, from which TensorBoard drops what the run has
-            logged before it was killed; None if nothing is trained.
+            logged before it was killed; None if nothing is dropped.
     """
     for logger in loggers:
         if not isinstance(logger, (TensorBoardLogger, CSVLogger)) or logger._version is not None:

@@ -29,7 +29,13 @@ EXPORTERS = {
 
 
 class OneBitTrainer(Trainer):
-    """Lightning's Trainer with a method for each subcommand."""
+    """Lightning's Trainer with a method for each subcommand.
+
+    Attributes:
+        run_folder: the folder of the run, if it trains and leaves files.
+    """
+
+    run_folder: Path | None = None
 
     def test(  # type: ignore[override]
         self,

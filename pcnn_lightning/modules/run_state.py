@@ -37,15 +37,16 @@ class ResumableModule(StagedModule, Protocol):
 
 def save_run(module: ResumableModule) -> dict[str, Any]:
     """The record of a run, which checkpoints hold as ``one_bit``."""
-    log_dirs = [getattr(logger, "log_dir", None) for logger in module.trainer.loggers]
+    trainer = module.trainer
+    folders = [getattr(trainer, "run_folder", None), *(getattr(logger, "log_dir", None) for logger in trainer.loggers)]
     return {
         "family": module.family,
         "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
         "stage": module.stage,
         "stage_start": module.stage_start,
         "optimizer": module.hparams["optimizer"],
-        "train_means": module.train_means.sums(module.trainer.strategy),
-        "log_dirs": [str(Path(folder).resolve()) for folder in log_dirs if folder],
+        "train_means": module.train_means.sums(trainer.strategy),
+        "log_dirs": [str(Path(folder).resolve()) for folder in folders if folder],
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 

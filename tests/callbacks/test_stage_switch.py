@@ -1,5 +1,6 @@
 """The switch from the ternary to the binary stage."""
 
+import copy
 import math
 
 import pytest
@@ -115,8 +116,6 @@ def test_early_stopping_restarts_with_the_binary_stage():
     ("model", "switch", "message"),
     [
         ({"stage": "binary"}, StageSwitch(1), "stage: ternary, but the model's is binary"),
-        ({"stage": "ternary"}, StageSwitch(3), "epoch 3 leaves no binary epoch: trainer.max_epochs is 3"),
-        ({"stage": "ternary"}, StageSwitch(0.9), "epoch 3 leaves no binary epoch"),
         ({"stage": "ternary"}, StageSwitch(2, patience=1, monitor="val/top"), "cannot watch val/top"),
     ],
 )
@@ -140,10 +139,37 @@ def test_wrong_arguments_raise():
             StageSwitch(1, patience=patience)
 
 
-def test_a_run_that_max_steps_ends_before_the_switch_is_refused():
+@pytest.mark.parametrize(("epoch", "max_epochs", "first"), [(3, 3, 3), (60, 1, 60), (0.9, 3, 3), (0.4, 1, 1)])
+def test_a_trial_that_ends_before_the_switch_trains_the_ternary_stage_and_warns_once(epoch, max_epochs, first):
+    record = Record()
+    with pytest.warns(UserWarning, match="StageSwitch") as warned:
+        fit(tiny_pcnn(**PROGRESSIVE), max_epochs=max_epochs, callbacks=[StageSwitch(epoch), record])
+    assert record.stages == ["ternary"] * max_epochs
+    (said,) = [str(one.message) for one in warned if "StageSwitch" in str(one.message)]
+    end, steps = f"trainer.max_epochs {max_epochs} ends this run", 4 * first
+    assert said == f"{end} before StageSwitch at epoch {first} (step {steps}): only the ternary stage is trained"
+
+
+def test_a_trial_goes_on_into_the_binary_stage(tmp_path):
+    """With constant rates, because others are laid over the length of the trial."""
+    arguments = {**PROGRESSIVE, "schedule": "constant"}
+    whole = tiny_pcnn(**arguments)
+    parts = copy.deepcopy(whole)
+    fit(whole, max_epochs=3, callbacks=[StageSwitch(2)])
+    with pytest.warns(UserWarning, match="only the ternary stage is trained"):
+        fit(parts, max_epochs=1, callbacks=[StageSwitch(2)]).save_checkpoint(tmp_path / "trial.ckpt")
+    again = tiny_pcnn(**arguments)
+    fit(again, max_epochs=3, callbacks=[StageSwitch(2)], ckpt_path=str(tmp_path / "trial.ckpt"))
+    assert again.stage == "binary"
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_steps_that_end_before_the_switch_are_counted_in_updates():
     """An epoch has four batches, so two updates of two."""
     model = tiny_pcnn(**PROGRESSIVE, accumulate=2)
-    with pytest.raises(InputError, match=r"StageSwitch at epoch 2, after 4 steps, .* trainer.max_steps is 4"):
+    with pytest.warns(UserWarning, match=r"trainer.max_steps 4 ends this run before StageSwitch at epoch 2 \(step 4\)"):
         fit(model, max_epochs=3, max_steps=4, callbacks=[StageSwitch(2)])
+    assert model.stage == "ternary"
+    model = tiny_pcnn(**PROGRESSIVE, accumulate=2)
     fit(model, max_epochs=3, max_steps=5, callbacks=[StageSwitch(2)])
     assert model.stage == "binary"

@@ -1,6 +1,7 @@
 """``--ckpt_path``: finding checkpoints, and which settings win."""
 
 import os
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,28 @@ def contents_of(folder: str) -> dict[Path, bytes]:
 
 class MyPCNN(PCNN):
     """A user's subclass."""
+
+
+MY_PACKAGE = """
+from pcnn_lightning import PCNN
+
+
+class MyPCNN(PCNN):
+    def __init__(self, extra: int = 1, *, more: str, **others) -> None:
+        super().__init__(**others)
+        self.given = (extra, more)
+"""
+
+
+def test_a_subclass_with_its_own_arguments_is_loaded_by_the_checkpoint_alone(command, tmp_path, monkeypatch):
+    """The module lies in the folder in which the command is given."""
+    (tmp_path / "my_package.py").write_text(MY_PACKAGE)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as the installed script has it
+    own = ["--model.extra=3", "--model.more=text", "--model.widths=[2,2,2,2]", "--model.backbone=wrn7"]
+    assert command("fit", *DIGITS, "--model=my_package.MyPCNN", *own, *QUIET, "--trainer.max_epochs=1").code == 0
+    run = command("test", *DIGITS, *QUIET, "--ckpt_path=runs/default/version_0/checkpoints/last.ckpt")
+    assert run.code == 0, run.err
+    assert (type(run.cli.model).__name__, run.cli.model.given) == ("MyPCNN", (3, "text"))
 
 
 class TestCheckpoints:

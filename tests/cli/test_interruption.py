@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -61,7 +62,10 @@ def test_an_interrupted_run_resumes_where_it_stopped(command, name, status):
     assert ended.code == status
     assert signal.getsignal(signal.SIGINT) is before
     assert torch.load("kept/last.ckpt", weights_only=True)["global_step"] == 4
-    resumed = command(*arguments, "--ckpt_path=last")
+    python, module, name, *again = shlex.split(ended.err.splitlines()[-1].removeprefix("To go on: "))
+    assert (python, module, name) == ("python", "-m", "pcnn_lightning")
+    assert again[-2:] == ["--ckpt_path", "kept/last.ckpt"]
+    resumed = command(*(word for word in again if "callbacks" not in word))
     assert resumed.code == 0
     for key, value in resumed.cli.model.state_dict().items():
         assert torch.equal(value, whole[key]), key
@@ -70,6 +74,45 @@ def test_an_interrupted_run_resumes_where_it_stopped(command, name, status):
 def test_ctrl_c_before_the_first_batch_has_the_status_of_ctrl_c(command):
     assert command(*FIT, f"--trainer.callbacks+={__name__}.SignalInSetup").code == 130
     assert not list(Path().rglob("*.ckpt"))
+
+
+class FailInSecondEpoch(Callback):
+    """An error of the user's own code."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise IndexError("mine")
+
+
+def test_an_error_of_other_code_tells_how_to_go_on(command, capsys):
+    with pytest.raises(IndexError):
+        command(
+            *FIT, "--run_dir=my runs", f"--trainer.callbacks+={__name__}.FailInSecondEpoch", "--trainer.max_epochs=2"
+        )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("To go on: python -m pcnn_lightning fit ")
+    assert last.endswith(" --ckpt_path 'my runs/version_0/checkpoints/last.ckpt'")
+
+
+def test_max_time_tells_how_to_go_on(command):
+    endless = [*FIT, "--trainer.max_epochs=9999", "--trainer.max_time=00:00:00:02", "--model.schedule=constant"]
+    run = command(*endless)
+    assert run.code == 0
+    said = run.err.splitlines()[-1]
+    assert said.startswith("To go on, with a longer trainer.max_time: ")
+    again = shlex.split(said)[-1]
+    longer = command(*endless, "--trainer.max_time=00:00:00:04", f"--ckpt_path={again}")
+    assert longer.cli.trainer.global_step > run.cli.trainer.global_step
+
+
+def test_nothing_is_said_about_going_on_if_there_is_nothing_to_go_on_from(command):
+    assert "To go on" not in command(*FIT).err
+    poisoned = [*FIT, "--model.eta1=1e20", "--trainer.max_epochs=3"]
+    assert "To go on" not in command(*poisoned).err, "it diverges in its first epoch"
+    weights = ["--checkpoint.save_weights_only=true", f"--trainer.callbacks+={__name__}.Signal"]
+    ended = command(*FIT, *weights, "--trainer.callbacks.name=SIGTERM", "--trainer.max_epochs=3")
+    assert ended.code == 143
+    assert "To go on" not in ended.err
 
 
 @pytest.mark.slow
@@ -222,5 +265,8 @@ def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, monkeyp
     monkeypatch.setattr(os, "fsync", full)
     run = command(*FIT, *KEEP, "--trainer.max_epochs=2", "--ckpt_path=last")
     run.is_refused("kept/last.ckpt cannot be written", "No space left on device")
+    assert "--trainer.max_epochs=2 --ckpt_path kept/last.ckpt" in run.err.splitlines()[-1], (
+        "without its own --ckpt_path"
+    )
     assert Path("kept/last.ckpt").read_bytes() == before
     assert not list(Path("kept").glob("*.part"))

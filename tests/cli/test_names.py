@@ -17,6 +17,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     [
         (["--model=PCN", *DIGITS], "model must be one of PCNN, MCN, BNN, or the import path of a class, but got PCN"),
         (["--model=PCNN", "--data=Digit"], "data must be one of CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST"),
+        ([], "--model (one of PCNN, MCN, BNN) and --data (one of CIFAR10"),
+        (DIGITS, "--model (one of PCNN, MCN, BNN) must be given, or a configuration that has it"),
+        (
+            ["--config=digit.yaml"],
+            "there is no configuration digit.yaml; those that come along need no folder: bnn_cif",
+        ),
+        (["--config=configs/digit.yaml"], "there is no configuration configs/digit.yaml; those"),
+        ([*DIGITS, "--model=PCNN", "--trainer.logger=Foo"], "trainer.logger: no class Foo fits here"),
+        ([*DIGITS, "--model=nowhere.Foo"], "model: nowhere.Foo: No module named 'nowhere'"),
     ],
 )
 def test_a_name_that_is_not_known_is_answered_with_those_that_are(command, flags, message):
@@ -55,3 +64,27 @@ def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch):
     Path("digits.yaml").write_text("run_dir: here\n")
     for words in (["--config", "digits.yaml"], ["--config", "other.yaml"], ["--config=../digits.yaml"], ["--config"]):
         assert with_packaged_configs(words) == words
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.optimizer=sdg", "optimizer must be one of sgd, adam, but got sdg"),
+        ("--model.eta1=fast", "eta1 must be float, but got fast"),
+        ("--model.gradient_clip=x", "gradient_clip must be float or null, but got x"),
+        ("--trainer.max_epochs=ten", "trainer.max_epochs must be int or null, but got ten"),
+        ("--trainer.logger=CSVLogger", "CSVLogger: the following arguments are required: save_dir"),
+    ],
+)
+def test_a_value_of_another_type_is_answered_with_the_type(command, flag, message):
+    run = command("fit", *DIGITS, "--model=PCNN", flag)
+    run.is_usage_error(message)
+    assert len(run.err.strip().splitlines()) == 2, "a tip and the error"
+
+
+def test_help_of_the_program_lists_all_names_in_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = command("--help").out
+    listed = [*class_names("model"), *class_names("data"), *(path.name for path in CONFIGS.glob("*.yaml"))]
+    assert all(name in said for name in listed)
+    assert max(len(line) for line in said.splitlines()) <= 80

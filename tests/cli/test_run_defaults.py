@@ -74,7 +74,8 @@ def test_a_callback_of_the_trainer_replaces_the_default_of_its_class(command):
 def test_logger_and_checkpoints_follow_the_trainer(command):
     run = command(*RUN, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv", "--run_dir=runs/one")
     assert [type(logger) for logger in run.cli.trainer.loggers] == [CSVLogger]
-    assert Path("csv/lightning_logs/version_0/checkpoints/last.ckpt").is_file()
+    assert {path.name for path in Path("csv/lightning_logs/version_0").iterdir()} == {"metrics.csv", "hparams.yaml"}
+    assert Path("runs/one/version_0/checkpoints/last.ckpt").is_file()
     run = command(*RUN, "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--run_dir=runs/two")
     assert run.code == 0, run.err
     assert not run.cli.trainer.loggers

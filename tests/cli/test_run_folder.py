@@ -1,13 +1,21 @@
 """The folder of a run: a resumed run continues it, and evaluation logs into it."""
 
 import csv
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cli_helpers import DIGITS, FIT, NETWORK, SWITCH, TRAINING, same_weights
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import fit, tiny_pcnn
+
+from pcnn_lightning import LossCurves, StageCheckpoint
+from pcnn_lightning.checkpoints import folder_of_run
+from pcnn_lightning.cli.run_folder import begin_run
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 LOGGED = ["fit", *DIGITS, *NETWORK, *QUIET, *SWITCH, "--data.batch_size=16", "--trainer.max_epochs=4"]
@@ -19,6 +27,24 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         if trainer.global_step == 10:
             raise KeyboardInterrupt
+
+
+class Elsewhere(Logger):
+    """Like that of Weights & Biases: its ``save_dir`` is the same for all runs, which have names as versions."""
+
+    save_dir, name = ".", "project"
+
+    def __init__(self, version: str = "a1") -> None:
+        super().__init__()
+        self._version = version
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, *_: object, **__: object) -> None: ...
 
 
 class Nothing(Callback):
@@ -39,15 +65,20 @@ def names(folder: str) -> set[str]:
 def test_a_resumed_run_continues_its_folder_and_curves(command, logger):
     """The run is killed after it has logged more than its checkpoint holds."""
     log = "--trainer.log_every_n_steps=1"
+    runs, logs = Path("runs/default"), Path("logs/lightning_logs" if logger else "runs/default")
     whole = command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Nothing")
-    runs = Path("logs/lightning_logs" if logger else "runs/default")
-    runs.rename("whole")
+    curves = scalars(f"{logs}/version_0")
+    logs.rename("whole logs")
+    if logger:
+        runs.rename("whole")
+    else:
+        Path("whole").symlink_to("whole logs")
     assert command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Kill").code != 0
     again = command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Nothing", "--ckpt_path=last")
     assert again.code == 0, again.err
-    assert [path.name for path in runs.iterdir()] == ["version_0"]
+    assert [path.name for path in runs.iterdir()] == [path.name for path in logs.iterdir()] == ["version_0"]
     assert names(f"{runs}/version_0") == names("whole/version_0")
-    assert scalars(f"{runs}/version_0") == scalars("whole/version_0")
+    assert scalars(f"{logs}/version_0") == curves
     assert same_weights(again.cli.model, whole.cli.model)
     for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
         assert (runs / "version_0" / name).read_text() == Path("whole/version_0", name).read_text(), name
@@ -140,3 +171,82 @@ def test_barebones_adds_nothing(command):
 def test_a_checkpoint_of_a_run_without_logs_is_found(command):
     command(*FIT)
     assert command("test", *DIGITS, *TRAINING, "--ckpt_path=last").code == 0
+
+
+LOGGERS = {
+    "none": ["--trainer.logger=false"],
+    "csv": ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"],
+    "elsewhere": [f"--trainer.logger={__name__}.Elsewhere"],
+    "two": ["--config=two.yaml"],
+}
+TWO = {"save_dir": "runs/default", "name": ""}
+ONE_EPOCH = [*[flag for flag in FIT if "logger" not in flag], "--trainer.log_every_n_steps=1"]
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_the_files_of_a_run_are_in_its_folder_whatever_the_logger(command, logger):
+    kinds = [{"class_path": kind, "init_args": TWO} for kind in ("TensorBoardLogger", "CSVLogger")]
+    Path("two.yaml").write_text(json.dumps({"trainer": {"logger": kinds}}))
+    for run in (0, 1):
+        ended = command(*ONE_EPOCH, *LOGGERS[logger], f"--model.eta1=0.{run + 1}")
+        assert ended.code == 0, ended.err
+    runs = Path("runs/default")
+    assert names("runs/default") == {"version_0", "version_1"}
+    files = {"config.yaml", "checkpoints", "losses.csv", "losses.png", "kernels.csv", "flips.csv", "filters.csv"}
+    assert files <= names("runs/default/version_0") == names("runs/default/version_1")
+    assert (runs / "version_0/losses.csv").read_text() != (runs / "version_1/losses.csv").read_text()
+    assert ("metrics.csv" in names("runs/default/version_1")) == (logger == "two")
+    assert names(".") <= {"runs", "two.yaml", "logs"}
+    again = command(*ONE_EPOCH, *LOGGERS[logger], "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert again.code == 0, again.err
+    assert len((runs / "version_1/losses.csv").read_text().splitlines()) == 3
+    assert names("runs/default") == {"version_0", "version_1"}
+
+
+def test_the_folder_of_a_run_in_python_is_that_of_its_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loggers = [Elsewhere("a1"), Elsewhere("a2"), TensorBoardLogger("tb"), CSVLogger("csv", name=None), False]
+    for logger in loggers:
+        keep = StageCheckpoint()
+        trainer = fit(tiny_pcnn(), logger=logger, callbacks=[keep, LossCurves()], enable_checkpointing=True)
+        assert folder_of_run(trainer).resolve() == keep.folder.parent
+        assert (keep.folder.parent / "losses.csv").is_file()
+    assert {"project", "tb", "csv", "checkpoints", "losses.csv", "losses.png"} == names(".")
+    assert names("project") == {"a1", "a2"}
+
+
+def test_a_run_is_named_by_its_folder(command):
+    for eta1 in ("0.1", "0.01"):
+        command(*FIT, f"--model.eta1={eta1}")
+    first = "--run_dir=runs/default/version_0"
+    tested = command("test", *DIGITS, *TRAINING, first, "--ckpt_path=best")
+    assert Path(tested.cli.trainer.ckpt_path).parts[-3:] == ("version_0", "checkpoints", "binary.ckpt")
+    command(*FIT, first).is_refused("run_dir: runs/default/version_0 is a run already", "--ckpt_path last")
+    again = command(*FIT, first, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert again.code == 0, again.err
+    assert len(Path("runs/default/version_0/losses.csv").read_text().splitlines()) == 3
+    assert command(*FIT, "--run_dir=runs/other/version_7").code == 0
+    assert Path("runs/other/version_7/checkpoints/last.ckpt").is_file()
+    assert names("runs/default") == {"version_0", "version_1"}
+    assert names("runs/other") == {"version_7"}
+
+
+def test_a_test_of_a_file_leaves_no_folder_of_its_own(command):
+    command(*LOGGED, "--run_dir=runs/one")
+    shutil.copy("runs/one/version_0/checkpoints/last.ckpt", "mine.ckpt")
+    for path in ("mine.ckpt", "runs/one/version_0/checkpoints/last.ckpt"):
+        assert command("test", *DIGITS, *QUIET, f"--ckpt_path={path}").code == 0
+    assert names("runs") == {"one"}
+    assert names("runs/one") == {"version_0"}
+    assert len(scalars("runs/one/version_0")["test/accuracy"]) == 2, "the run of mine.ckpt is known by its record"
+
+
+def test_runs_that_begin_at_the_same_time_get_different_folders(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(begin_run, [tmp_path] * 40))
+    assert {folder.name for folder in folders} == {f"version_{number}" for number in range(40)}
+
+
+def test_a_refused_trainer_leaves_no_folder(command):
+    command(*FIT, "--trainer.accelerator=hpu").is_refused("hpu")
+    assert names("runs/default") == set()
