@@ -26,7 +26,7 @@ class PrintCompletion(argparse.Action):
         script = parser.get_completion_script(f"shtab-{values}")
         names = "|".join(class_names("model") + class_names("data"))
         print(re.sub(rf"\bpcnn_lightning\.({names})\b", r"\1", script))  # by the names that people type
-        sys.exit()
+        sys.exit(0)
 
 
 def add_completion(parser: ArgumentParser, subcommands: Iterable[ArgumentParser]) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_helpers import DIGITS, FIT, NETWORK
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 
 from pcnn_lightning import Diversity, FilterCurves, KernelHistograms, LossCurves, StageCheckpoint, StageSwitch
 from pcnn_lightning.cli.defaults import DEFAULTS
+from pcnn_lightning.loggers import StageLogger
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 RUN = ["fit", *DIGITS, *NETWORK, *QUIET, "--trainer.max_epochs=1"]
@@ -25,7 +26,11 @@ def test_a_run_leaves_logs_checkpoints_and_pictures_in_its_folder(command):
     assert {path.name for path in Path("runs/one").iterdir()} == {"version_0"}
     logs = {path.name for path in Path("runs/one/version_0").iterdir()}
     assert {"losses.png", "kernels.csv", "flips.csv", "filters.png", "diversity_binary.png", "config.yaml"} <= logs
-    assert any(name.startswith("events.out.tfevents") for name in logs)
+    assert {path.parent.relative_to("runs/one/version_0").as_posix() for path in Path("runs").rglob("*tfevents*")} == {
+        "binary/train",
+        "binary/val",
+        "results",
+    }
     checkpoints = {path.name for path in Path("runs/one/version_0/checkpoints").iterdir()}
     assert checkpoints == {"binary.ckpt", "last.ckpt", "stages.json"}
     assert [len(of_kind(run, kind)) for kind in DEFAULTS.values()] == [1] * len(DEFAULTS)
@@ -81,7 +86,7 @@ def test_logger_and_checkpoints_follow_the_trainer(command):
     assert not run.cli.trainer.loggers
     assert not of_kind(run, StageCheckpoint)
     assert not list(Path("runs/two").rglob("*.ckpt"))
-    assert [type(logger) for logger in command(*RUN).cli.trainer.loggers] == [TensorBoardLogger]
+    assert [type(logger) for logger in command(*RUN).cli.trainer.loggers] == [StageLogger]
 
 
 def test_testing_finds_the_best_of_the_run_folder(command):

@@ -52,9 +52,15 @@ class Nothing(Callback):
 
 
 def scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag not in ("epoch", "hp_metric")]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    """Steps and values by sub-run and tag."""
+    found = {}
+    for path in sorted({file.parent for file in Path(folder).rglob("*tfevents*")}):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag not in ("epoch", "hp_metric"):
+                name = (path.relative_to(folder) / tag).as_posix()
+                found[name] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
 
 
 def names(folder: str) -> set[str]:
@@ -92,14 +98,15 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_curves(command):
     again = command(*LOGGED, "--run_dir=killed", "--ckpt_path=last")
     assert again.code == 0, again.err
     assert "best val/accuracy" in again.out
-    late = {"diversity_ternary.png"}  # drawn before the run was killed
+    late = {"diversity_ternary.png", "ternary", "binary"}  # drawn and logged before the run was killed
     assert names("killed/version_0") == names("runs/default/version_0") - late
     for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
         assert Path("killed/version_0", name).read_text() == Path("runs/default/version_0", name).read_text(), name
     curves = scalars("runs/default/version_0")
-    assert {"best/ternary", "best/binary"} <= set(scalars("killed/version_0"))
-    best = {tag: values for tag, values in curves.items() if tag.startswith("best/")}
-    assert best.items() <= scalars("killed/version_0").items()
+    killed = scalars("killed/version_0")
+    for stage in ("ternary", "binary"):
+        name = f"results/results/best_{stage}"
+        assert killed[name][-1] == curves[name][-1]
 
 
 def test_evaluation_logs_into_the_folder_of_the_run(command):
@@ -110,8 +117,12 @@ def test_evaluation_logs_into_the_folder_of_the_run(command):
     command("predict", *DIGITS, *NETWORK, *QUIET, "--ckpt_path=best")
     assert names("runs/default") == {"version_0"}
     after = scalars("runs/default/version_0")
-    assert {tag: values for tag, values in after.items() if not tag.startswith("test/")} == before
-    assert len(after["test/accuracy"]) == 1
+    assert {tag: values for tag, values in after.items() if "/test_" not in tag} == before
+    assert len(after["results/results/test_accuracy"]) == 1
+    with Path("runs/default/version_0/test.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["test/accuracy"]) == after["results/results/test_accuracy"][0][1]
+    assert Path(row["checkpoint"]).name == "binary.ckpt"
 
 
 def test_a_csv_log_is_continued_by_a_resumed_run_and_by_a_test(command):
