@@ -79,12 +79,15 @@ class TestCheckpoints:
         run.is_refused("given.ckpt")
         assert not list(tmp_path.glob("checkpoints/*"))
 
-    @pytest.mark.parametrize("subcommand", ["fit", "test"])
-    def test_of_other_classes(self, command, tmp_path, trained, subcommand):
+    @pytest.mark.parametrize(
+        ("subcommand", "mentioned"),
+        [("fit", ["net.classifier", "(10,", "(2,"]), ("test", ["of the classes 0, 1, 2,", "extra cat, dog"])],
+    )
+    def test_of_other_classes(self, command, tmp_path, trained, subcommand, mentioned):
         make_folder(tmp_path / "images", {"cat": 4, "dog": 4})
         data = ["--data=ImageFolder", "--data.root=images"]
         run = command(subcommand, *data, *QUIET, f"--ckpt_path={trained / 'last.ckpt'}", "--model=PCNN")
-        run.is_refused("net.classifier", "(10,", "(2,")
+        run.is_refused(*mentioned)
 
     def test_of_another_network(self, command, trained):
         run = command("test", *DIGITS, *QUIET, f"--ckpt_path={trained / 'last.ckpt'}", "--model.widths=[2,2,2,4]")
