@@ -88,7 +88,7 @@ def test_a_resumed_run_continues_its_folder_and_curves(command, logger):
     assert same_weights(again.cli.model, whole.cli.model)
     for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
         assert (runs / "version_0" / name).read_text() == Path("whole/version_0", name).read_text(), name
-    whole, again = (command("compare", folder).out.splitlines()[4:] for folder in ("whole", runs))
+    whole, again = (command("compare", folder).out.splitlines()[5:] for folder in ("whole", runs))
     assert [line.split()[-6:] for line in whole] == [line.split()[-6:] for line in again]
 
 
@@ -249,7 +249,7 @@ def test_a_test_of_a_file_leaves_no_folder_of_its_own(command):
         assert command("test", *DIGITS, *QUIET, f"--ckpt_path={path}").code == 0
     assert names("runs") == {"one"}
     assert names("runs/one") == {"version_0"}
-    assert len(scalars("runs/one/version_0")["test/accuracy"]) == 2, "the run of mine.ckpt is known by its record"
+    assert len(scalars("runs/one/version_0")["results/results/test_accuracy"]) == 2, "the run of mine.ckpt is known by its record"
 
 
 def test_runs_that_begin_at_the_same_time_get_different_folders(tmp_path):
