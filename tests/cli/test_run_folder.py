@@ -88,13 +88,8 @@ def test_a_resumed_run_continues_its_folder_and_curves(command, logger):
     assert same_weights(again.cli.model, whole.cli.model)
     for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
         assert (runs / "version_0" / name).read_text() == Path("whole/version_0", name).read_text(), name
-<<<<<<< ours
     whole, again = (command("compare", folder).out.splitlines()[5:] for folder in ("whole", runs))
     assert [line.split()[-6:] for line in whole] == [line.split()[-6:] for line in again]
-=======
-    table = command("compare", "whole_logs", logs).out.splitlines()[-2:]
-    assert table[0].split()[1:-1] == table[1].split()[1:-1]
->>>>>>> theirs
 
 
 def test_a_run_killed_after_its_last_checkpoint_gets_its_curves(command):
