@@ -249,7 +249,8 @@ def test_a_test_of_a_file_leaves_no_folder_of_its_own(command):
         assert command("test", *DIGITS, *QUIET, f"--ckpt_path={path}").code == 0
     assert names("runs") == {"one"}
     assert names("runs/one") == {"version_0"}
-    assert len(scalars("runs/one/version_0")["results/results/test_accuracy"]) == 2, "the run of mine.ckpt is known by its record"
+    tests = scalars("runs/one/version_0")["results/results/test_accuracy"]
+    assert len(tests) == 2, "the run of mine.ckpt is known by its record"
 
 
 def test_runs_that_begin_at_the_same_time_get_different_folders(tmp_path):
