@@ -1,7 +1,6 @@
 """A line an epoch, for terminals and log files."""
 
 import time
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,9 +11,9 @@ from pcnn_lightning.tables import terminal_width
 class EpochLines(Callback):
     """Print a line at the end of each epoch: stage, losses, accuracy, learning rates, seconds, and the time left.
 
-    Where there are two numbers, the first is of training and the second of validation. The time left is that of the
-    remaining epochs, at the mean pace of the epochs of this process. The learning rates are left out where the line
-    would be wider than the terminal. The header is repeated when the columns change.
+    CE is the cross-entropy. Where there are two numbers, the first is of training and the second of validation. The
+    time left is that of the remaining epochs, at the mean pace of the epochs of this process. The learning rates are
+    left out where the line would be wider than the terminal. The header is repeated when the columns change.
     """
 
     def __init__(self) -> None:
@@ -36,8 +35,8 @@ class EpochLines(Callback):
         columns = {"epoch": _place(trainer), "stage": str(pl_module.stage), **_metrics(trainer, pl_module)}
         groups = trainer.optimizers[0].param_groups
         rates = "/".join(("η₁", "η₂")[: len(groups)])
-        columns[rates] = "/".join(f"{group['lr']:.1g}" for group in groups)
-        columns["s"] = f"{seconds:.1f}"
+        columns[rates] = "/".join(f"{group['lr']:.0e}".replace("e-0", "e-") for group in groups)
+        columns["s"] = f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
         if (trainer.max_epochs or -1) > 0:
             columns["left"] = _duration(self._seconds / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1))  # type: ignore[operator]
         header, line = _aligned(columns)
@@ -50,12 +49,12 @@ class EpochLines(Callback):
         print(line, flush=True)
 
 
-WIDTHS = {"epoch": 7, "stage": 7, "η₁": 8, "η₁/η₂": 13, "accuracy": 11, "s": 5, "left": 7}
-"""Of columns whose cells would vary in width; together with the losses of PCNN, 80."""
+WIDTHS = {"epoch": 7, "stage": 7, "CE": 11, "accuracy": 11, "η₁": 4, "η₁/η₂": 9, "s": 4, "left": 7}
+"""Of columns whose cells vary in width; together with the projection loss and the center loss, 80."""
 
 
 def _aligned(columns: dict[str, str]) -> tuple[str, str]:
-    widths = [max(len(name), WIDTHS.get(name, len(cell))) for name, cell in columns.items()]
+    widths = [max(len(name), len(cell), WIDTHS.get(name, 0)) for name, cell in columns.items()]
     header, line = (" ".join(map(str.rjust, cells, widths)) for cells in (columns, columns.values()))
     return header, line
 
@@ -66,14 +65,13 @@ def _place(trainer: Trainer) -> str:
 
 
 def _metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-    """The terms of the loss and the accuracy, by their labels."""
+    """The terms of the loss and the accuracy, by their labels: of penalties, which need more digits, in training."""
     found = trainer.callback_metrics
-    terms: dict[str, Any] = getattr(pl_module, "terms", {})
-    labels = {name: term.label.removesuffix(" loss") for name, term in terms.items()} | {"accuracy": "accuracy"}
+    penalties = {name: term for name, term in pl_module.terms.items() if name != "cross_entropy"}  # type: ignore[union-attr, operator]
+    names = {"cross_entropy": "CE", **{name: term.label.removesuffix(" loss") for name, term in penalties.items()}}
     cells = {}
-    for name, label in labels.items():
-        splits = ("train", "val") if name == "accuracy" or terms[name].depends_on_data else ("train",)
-        digits = 3 if name == "accuracy" else 4
+    for name, label in {**names, "accuracy": "accuracy"}.items():
+        splits, digits = (("train",), 4) if name in penalties else (("train", "val"), 3)
         numbers = [f"{float(found[f'{split}/{name}']):.{digits}f}" for split in splits if f"{split}/{name}" in found]
         if numbers:
             cells[label] = " ".join(numbers)
