@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model=PCN", *DIGITS], "model must be one of PCNN, MCN, BNN, or the import path of a class, but got PCN"),
+        (["--model=PCN", *DIGITS], "model must be one of PCNN, MCN, BNN"),
         (["--model=PCNN", "--data=Digit"], "data must be one of CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST"),
         ([], "--model (one of PCNN, MCN, BNN) and --data (one of CIFAR10"),
         (DIGITS, "--model (one of PCNN, MCN, BNN) must be given, or a configuration that has it"),
