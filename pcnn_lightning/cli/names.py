@@ -79,12 +79,14 @@ def readable(message: str) -> str:
     # Of the reasons why a value fits none of several types, the class that was named has the one that helps.
     key, reason = (
         re.search(r'Parser key "(.+?)"', message),
-        re.search(r"class_path '(.+?)':\s+(.+?)\n\s+- Expected a <class", message, re.DOTALL),
+        re.search(r"class_path '(.+?)':\s+((?!\s|Option 'class_path').+?)\n\s+- Expected a <class", message, re.DOTALL),
     )
     if key is None:
         return message
+    if "Option 'class_path' is not accepted" in message and (given := re.search(r"Given value: (.+)", message)):
+        return f"{key[1]} must have its arguments in init_args, but got {given[1]}"
     if reason is None:
-        return _expected(key[1], message) or message
+        return message if "class_path" in message else _expected(key[1], message) or message
     if inner := re.match(r'Parser key "(.+?)"', reason[2]):
         return _expected(f"{key[1]}.{inner[1]}", reason[2]) or message
     return f"{key[1]}: {reason[1]}: {' '.join(reason[2].split())}"

@@ -25,8 +25,7 @@ class TestConfigs:
         assert same_weights(command("fit", "--config=run.yaml").cli.model, command(*FIT).cli.model)
 
     def test_saved_config_reproduces_the_run(self, command):
-        logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name=x"]
-        arguments = [*FIT, *logger, *SWITCH, "--trainer.max_epochs=2", "--seed_everything=3"]
+        arguments = [*FIT, "--run_dir=runs/x", *SWITCH, "--trainer.max_epochs=2", "--seed_everything=3"]
         first = command(*arguments)
         assert first.code == 0, first.err
         again = command("fit", "--config=runs/x/version_0/config.yaml")
@@ -39,20 +38,18 @@ class TestConfigs:
 
     def test_saved_config_of_a_resumed_run(self, command, trained):
         """The saved configuration includes the settings of the checkpoint."""
-        logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name=x"]
         flags = [
             f"--ckpt_path={trained / 'last.ckpt'}",
             "--trainer.max_epochs=3",
             "--trainer.enable_progress_bar=false",
         ]
-        first = command("fit", *DIGITS, "--trainer.accelerator=cpu", *logger, *flags)
+        first = command("fit", *DIGITS, "--trainer.accelerator=cpu", "--run_dir=runs/x", *flags)
         assert first.code == 0, first.err
         again = command("fit", "--config=runs/x/version_0/config.yaml")
         assert again.code == 0, again.err
         assert same_weights(first.cli.model, again.cli.model)
 
     def test_config_in_the_working_folder_stays_as_it_was(self, command, tmp_path):
-        """Without a logger the run has no folder to save its configuration to."""
         mine = tmp_path / "config.yaml"
         mine.write_text("# mine\nmodel:\n  class_path: PCNN\n  init_args:\n    eta1: 0.03\n")
         before = mine.read_text()

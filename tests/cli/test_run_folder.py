@@ -68,11 +68,11 @@ def test_a_resumed_run_continues_its_folder_and_curves(command, logger):
     runs, logs = Path("runs/default"), Path("logs/lightning_logs" if logger else "runs/default")
     whole = command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Nothing")
     curves = scalars(f"{logs}/version_0")
-    logs.rename("whole logs")
+    logs.rename("whole_logs")
     if logger:
         runs.rename("whole")
     else:
-        Path("whole").symlink_to("whole logs")
+        Path("whole").symlink_to("whole_logs")
     assert command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Kill").code != 0
     again = command(*LOGGED, *logger, log, f"--trainer.callbacks+={__name__}.Nothing", "--ckpt_path=last")
     assert again.code == 0, again.err
@@ -82,7 +82,7 @@ def test_a_resumed_run_continues_its_folder_and_curves(command, logger):
     assert same_weights(again.cli.model, whole.cli.model)
     for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
         assert (runs / "version_0" / name).read_text() == Path("whole/version_0", name).read_text(), name
-    table = command("compare", "whole logs", logs).out.splitlines()[-2:]
+    table = command("compare", "whole_logs", logs).out.splitlines()[-2:]
     assert table[0].split()[1:-1] == table[1].split()[1:-1]
 
 
