@@ -83,6 +83,8 @@ def readable(message: str) -> str:
     )
     if key is None:
         return message
+    if "Option 'class_path' is not accepted" in message and (given := re.search(r"Given value: (.+)", message)):
+        return f"{key[1]} must have its arguments in init_args, but got {given[1]}"
     if reason is None:
         return message if "class_path" in message else _expected(key[1], message) or message
     if inner := re.match(r'Parser key "(.+?)"', reason[2]):

@@ -8,8 +8,16 @@ from cli_helpers import DIGITS
 from pcnn_lightning import data
 from pcnn_lightning.backbones import BACKBONES
 from pcnn_lightning.cli.names import class_names, with_packaged_configs
+from pcnn_lightning.families import FAMILIES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _own_families(monkeypatch):
+    """Without those that other tests have registered."""
+    for name in FAMILIES.keys() - {"PCNN", "MCN", "BNN"}:
+        monkeypatch.delitem(FAMILIES, name)
 
 
 @pytest.mark.parametrize(
