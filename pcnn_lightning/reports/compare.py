@@ -171,7 +171,8 @@ def read_settings(folder: Path) -> dict[str, str]:
     model, data, trainer = (_fields(config.get(part)) for part in ("model", "data", "trainer"))
     settings = {
         "model": _text(model.get("class_path")).rpartition(".")[2],
-        **{name: _text(node) for name, node in _read_yaml(folder / "hparams.yaml").items()},
+        **{name: _text(node) for name, node in _fields(model.get("init_args")).items()},
+        **{name: _text(node) for name, node in _read_yaml(folder / "hparams.yaml").items()},  # of a TensorBoardLogger
         "data": _text(data.get("class_path")).rpartition(".")[2],
         **{f"data.{name}": _text(node) for name, node in _fields(data.get("init_args")).items()},
         "max_epochs": _text(trainer.get("max_epochs")),

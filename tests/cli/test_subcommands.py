@@ -116,15 +116,16 @@ def test_compare_prints_a_table_and_draws(command):
     for weight in (0, 0.001):
         command(
             *flags,
-            "--trainer.logger=TensorBoardLogger",
-            f"--trainer.logger.save_dir=logs/{weight}",
+            "--trainer.logger=CSVLogger",
+            "--trainer.logger.save_dir=logs",
+            f"--run_dir=runs/{weight}",
             f"--model.projection_loss_weight={weight}",
         )
-    run = command("compare", "logs/0", "logs/0.001", "--output=both.png")
+    run = command("compare", "runs/0", "runs/0.001", "--output=both.png")
     assert run.code == 0
-    assert "projection_loss_weight=0\nlogs/0" in re.sub(r"  .*", "", run.out)
+    assert "projection_loss_weight=0\nruns/0" in re.sub(r"  .*", "", run.out)
     assert Image.open("both.png").size[0] > 300
-    command("compare", "logs/0", "logs/elsewhere").is_refused("logs/elsewhere: there is no such folder")
+    command("compare", "runs/0", "runs/elsewhere").is_refused("runs/elsewhere: there is no such folder")
     command("compare").is_usage_error("runs")
 
 
