@@ -1,6 +1,8 @@
 """Curves of the loss terms and the accuracy over a run."""
 
+import csv
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +23,7 @@ class LossCurves(DrawingCallback):
 
     The table has all metrics that are logged as ``train/...`` or ``val/...``, and grows with every epoch. The figure is
     drawn again every few epochs and at the end of the run, even if that is interrupted. A resumed run continues its
-    curves. The metrics of a test of the run are written to ``test.csv`` beside them.
+    curves. Tests of the run leave ``test.csv``, with the last metrics of each checkpoint and its stage.
 
     Args:
         every_n_epochs: epochs from one figure to the next.
@@ -50,9 +52,10 @@ class LossCurves(DrawingCallback):
         row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self.validation}
         self.epochs.append({**row, **_logged(trainer, "train")})
         self.validation = {}
-        self.write("losses", self.epochs)
         if len(self.epochs) % self.every_n_epochs == 0:
             self.draw(trainer)
+        else:
+            self.write("losses", self.epochs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -63,12 +66,21 @@ class LossCurves(DrawingCallback):
         has_folder = trainer.loggers or getattr(trainer, "run_folder", None) is not None
         if has_folder and trainer.is_global_zero:
             self.folder = folder
-            self.write("test", [{"checkpoint": trainer.ckpt_path, **_logged(trainer, "test")}])
+            tested = {"checkpoint": str(trainer.ckpt_path), "stage": str(pl_module.stage), **_logged(trainer, "test")}
+            others = [row for row in _rows(folder / "test.csv") if row.get("checkpoint") != tested["checkpoint"]]
+            self.write("test", [*others, tested])
 
     def draw(self, trainer: Trainer) -> None:
         if self.folder is not None and self.epochs:
             self.write("losses", self.epochs)
             self.show("losses", draw_losses(self.epochs, self._terms), trainer.fit_loop.total_batch_idx)
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    if not table.is_file():
+        return []
+    with table.open(newline="", encoding="utf-8", errors="replace") as lines:
+        return list(csv.DictReader(lines))
 
 
 def _logged(trainer: Trainer, split: str) -> dict[str, float]:

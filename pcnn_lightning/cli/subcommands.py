@@ -32,7 +32,7 @@ class OneBitTrainer(Trainer):
     """Lightning's Trainer with a method for each subcommand.
 
     Attributes:
-        run_folder: the folder of the run, if it trains and leaves files.
+        run_folder: the folder of the run that is trained or tested, if there is one.
     """
 
     run_folder: Path | None = None

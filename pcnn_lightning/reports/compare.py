@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from textwrap import fill
@@ -22,12 +22,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
-from pcnn_lightning.stages import STAGES
 from pcnn_lightning.tables import filled, text_table
 
 LOSSES, TESTED = "losses.csv", "test.csv"
 """Tables that ``LossCurves`` leaves in the folder of a run."""
-NAMES = {number: name for name, number in STAGES.items()}
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
 """Colors of Okabe and Ito, which color-blind readers can tell apart, with gray for their yellow, too faint for a
@@ -40,58 +38,49 @@ LONGEST = 1000
 """Upper bound of the characters in the label of a run, apart from its folder."""
 UNITS = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy (nats)", "loss": "loss (nats)"}
 
-Curve = list[tuple[int, float]]
-"""Epochs and values."""
+Row = dict[str, Any]
+"""The row of a table: metrics and the epoch are numbers, and missing if they are not."""
 
 
 @dataclass
 class Run:
-    """One run: its folder, its curves by logged name, and its settings."""
+    """One run: its folder, the rows of its epochs and of its tests, and its settings."""
 
     folder: Path
-    curves: dict[str, Curve]
+    epochs: list[Row]
     settings: dict[str, str]
     label: str = ""
+    tests: list[Row] = field(default_factory=list)
 
-    def stages(self) -> dict[int, str]:
-        """The stage of each epoch, in order; empty if none was logged."""
-        return {epoch: NAMES.get(int(stage), "") for epoch, stage in self.curves.get("stage", [])}
+    def curve(self, name: str, stage: str | None = None) -> dict[int, float]:
+        """The finite values of a metric by epoch, in ``stage`` or in all stages."""
+        return {
+            row["epoch"]: row[name]
+            for row in self.epochs
+            if math.isfinite(row.get(name, math.nan)) and stage in (None, row["stage"])
+        }
 
-    def points(self, name: str, stage: str) -> Curve:
-        """The finite values of a curve in ``stage``, which is "" if no stage was logged."""
-        stages = self.stages()
-        latest = next(reversed(stages.values()), "")  # an interrupted epoch may have validations, but no stage
-        return [
-            (epoch, value)
-            for epoch, value in self.curves.get(name, [])
-            if stages.get(epoch, latest) == stage and math.isfinite(value)
-        ]
-
-    def results(self, metric: str) -> list[dict[str, Any]]:
-        """A row per stage: the number of epochs, the first best validation with its epoch, and the last values.
-
-        The result of a test is that of the run, and stands in the row of its last stage.
-        """
-        rows: list[dict[str, Any]] = []
-        for stage in dict.fromkeys(self.stages().values()) or [""]:
-            validations, training = self.points(f"val/{metric}", stage), self.points(f"train/{metric}", stage)
+    def results(self, metric: str) -> list[Row]:
+        """A row per stage: the number of epochs, the first best validation with its epoch, the last values and test."""
+        rows: list[Row] = []
+        for stage in dict.fromkeys(row["stage"] for row in self.epochs):
+            validations, training = self.curve(f"val/{metric}", stage), self.curve(f"train/{metric}", stage)
             better = max if "accuracy" in metric else min
-            at, best = better(validations, key=lambda point: point[1], default=(None, None))
-            epochs = {epoch for epoch, _ in (*validations, *training)}
-            last = {"val": validations[-1:], "train": training[-1:]}
-            values = {split: points[0][1] if points else None for split, points in last.items()}
-            rows.append({"stage": stage, "epochs": len(epochs), "best": best, "at": at, **values, "test": None})
-        rows[-1]["test"] = self.last(f"test/{metric}")
+            at, best = better(validations.items(), key=lambda point: point[1], default=(None, None))
+            tests = [row[name] for row in self.tests if row.get("stage") == stage and (name := f"test/{metric}") in row]
+            epochs = sum(row["stage"] == stage for row in self.epochs)
+            last = {"val": [*validations.values()], "train": [*training.values()], "test": tests}
+            values = {name: found[-1] if found else None for name, found in last.items()}
+            rows.append({"stage": stage, "epochs": epochs, "best": best, "at": at, **values})
         return rows
 
     def changes(self) -> list[tuple[float, str]]:
         """Position of each change of stage on the epoch axis, and its label."""
-        stages = pairwise(self.stages().items())
-        return [(epoch - 0.5, f"{old} to {new}") for (_, old), (epoch, new) in stages if old != new]
-
-    def last(self, name: str) -> float | None:
-        """The last value logged as ``name``; None if there is none."""
-        return self.curves[name][-1][1] if self.curves.get(name) else None
+        return [
+            (new["epoch"] - 0.5, f"{old['stage']} to {new['stage']}")
+            for old, new in pairwise(self.epochs)
+            if old["stage"] != new["stage"]
+        ]
 
 
 def compare(runs: Sequence[str | Path], output: str | Path = "comparison.png", metric: str = "accuracy") -> str:
@@ -138,11 +127,11 @@ def read_run(path: Path, metric: str = "accuracy") -> Run:
         raise InputError(f"{path} holds no {LOSSES}, the table of a run (loss_curves), nor does a folder below it")
     held: set[str] = set()
     for folder in sorted(folders, key=_version, reverse=True):
-        curves = read_curves(folder / LOSSES)
-        if f"val/{metric}" in curves:
-            tested = read_curves(folder / TESTED)
-            return Run(folder, {**curves, **tested}, read_settings(folder))
-        held.update(curves)
+        epochs = [row for row in read_rows(folder / LOSSES) if {"epoch", "stage"} <= row.keys()]
+        names = {name for row in epochs for name in row if "/" in name}
+        if f"val/{metric}" in names:
+            return Run(folder, epochs, read_settings(folder), tests=read_rows(folder / TESTED))
+        held |= names
     raise InputError(f"{path} holds no run with val/{metric}; what it holds: {', '.join(sorted(held)) or 'nothing'}")
 
 
@@ -150,16 +139,22 @@ def _version(folder: Path) -> tuple[list[int], float]:
     return [int(number) for number in re.findall(r"\d+", folder.name)], (folder / LOSSES).stat().st_mtime
 
 
-def read_curves(file: Path) -> dict[str, Curve]:
-    """Read the columns of a table against epochs; none if there is no such file. What is not a number is skipped."""
-    curves: dict[str, Curve] = defaultdict(list)
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-            for row in csv.DictReader(line.replace("\0", "") for line in lines):
-                for name, cell in row.items():
-                    with suppress(KeyError, TypeError, ValueError):
-                        curves[name].append((int(row.get("epoch", 0)), float(STAGES.get(cell, cell))))
-    return {name: curve for name, curve in curves.items() if curve}
+def read_rows(file: Path) -> list[Row]:
+    """Read the rows of a table; none if there is no such file."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        rows = list(csv.DictReader(line.replace("\0", "") for line in lines))
+    return [_parsed(row) for row in rows]
+
+
+def _parsed(row: dict[str, str]) -> Row:
+    """The columns of a row that are what they should be."""
+    found: Row = {}
+    for name, cell in row.items():
+        with suppress(ValueError, TypeError):
+            found[name] = float(cell) if "/" in name else int(cell) if name == "epoch" else str(cell)
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, str]:
@@ -290,7 +285,7 @@ def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:
     Cross-entropy is plotted beside ``metric``: it is the only loss that does not depend on the weights of the others.
     """
     panels = [
-        name for name in dict.fromkeys((metric, "cross_entropy")) if any(f"val/{name}" in run.curves for run in runs)
+        name for name in dict.fromkeys((metric, "cross_entropy")) if any(run.curve(f"val/{name}") for run in runs)
     ]
     styled = list(zip(runs, STYLES, strict=False))
     labels = [fill(run.label, 90, break_on_hyphens=False) for run in runs]
@@ -327,7 +322,7 @@ def draw_runs(runs: Sequence[Run], metric: str = "accuracy") -> Figure:
 
 def _draw_run(axes: Axes, run: Run, name: str, colour: str, marker: str) -> None:
     for split, dash in (("train", "-"), ("val", "--")):
-        points = dict(run.curves.get(f"{split}/{name}", []))  # the last one of each epoch
+        points = run.curve(f"{split}/{name}")
         values = [100 * value if "accuracy" in name else value for value in points.values()]
         shape = "." if len(points) == 1 else marker  # a line with one point is invisible
         sparse = max(1, len(points) // 8)

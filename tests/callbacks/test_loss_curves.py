@@ -106,12 +106,20 @@ def test_the_table_grows_with_every_epoch_and_the_figure_every_few(tmp_path, mon
     assert seen == [(1, False), (2, True), (3, True)]
 
 
-def test_a_test_of_the_run_leaves_its_metrics(tmp_path):
+def test_tests_of_the_run_leave_the_metrics_of_each_checkpoint(tmp_path):
     logger, data = TensorBoardLogger(tmp_path, name="run"), tiny_digits()
-    trainer = tiny_trainer(logger=logger, callbacks=[LossCurves()])
-    model = tiny_pcnn()
+    trainer = tiny_trainer(logger=logger, callbacks=[LossCurves(), StageSwitch(1)], max_epochs=2)
+    model = tiny_pcnn(stage="ternary")
     trainer.fit(model, datamodule=data)
-    (found,) = trainer.test(model, datamodule=data)
+    trainer.save_checkpoint("last.ckpt")
+    found = {}
+    for path in (None, "last.ckpt", "last.ckpt"):
+        (found[str(path)],) = trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True)
     with Path(logger.log_dir, "test.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert {name: float(value) for name, value in row.items() if name != "checkpoint"} == pytest.approx(found)
+        rows = list(csv.DictReader(file))
+    assert [(Path(row["checkpoint"]).name, row["stage"]) for row in rows] == [
+        ("None", "binary"),
+        ("last.ckpt", "binary"),
+    ]
+    for row, metrics in zip(rows, found.values(), strict=True):
+        assert {name: float(row[name]) for name in metrics} == pytest.approx(metrics)

@@ -21,7 +21,6 @@ from pcnn_lightning import LossCurves, StageSwitch
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.reports.compare import COLOURS, STYLES, Run, draw_runs, label_runs, read_run, table
 from pcnn_lightning.reports.compare import compare as compare_runs
-from pcnn_lightning.stages import STAGES
 
 TERNARY, BINARY = "ternary", "binary"
 
@@ -74,8 +73,15 @@ def test_each_stage_has_its_best_epoch():
     ]
 
 
+def test_each_stage_has_its_last_test():
+    folder = write("a", *TWO_STAGES)
+    rows = ["x/binary.ckpt,binary,0.25", "x/ternary.ckpt,ternary,0.5", "x/last.ckpt,binary,0.625"]
+    (folder / "test.csv").write_text("\n".join(["checkpoint,stage,test/accuracy", *rows, ""]))
+    assert [row[-1] for row in cells(compare_runs([folder]))] == ["50.00", "62.50"]
+
+
 def test_test_accuracy_has_a_column_if_logged():
-    tested = write("a", row(0.5), test={"checkpoint": "best.ckpt", "test/accuracy": 0.375})
+    tested = write("a", row(0.5), test={"checkpoint": "binary.ckpt", "stage": BINARY, "test/accuracy": 0.375})
     other = write("b", row(0.5))
     table = compare_runs([tested, other])
     assert table.splitlines()[3].endswith("  test")
@@ -90,9 +96,12 @@ def test_test_accuracy_has_a_column_if_logged():
 )
 def test_no_name_or_number_is_cut_to_fit(columns, labels, values):
     epochs = list(enumerate(values, 998))
-    stages = [(epoch, STAGES[TERNARY if epoch < 1000 else BINARY]) for epoch, _ in epochs]
-    curves = {"stage": stages, "val/accuracy": epochs, "train/accuracy": epochs, "test/accuracy": epochs[:1]}
-    runs = [Run(Path("runs") / str(at), curves, {}, label) for at, label in enumerate(labels)]
+    rows = [
+        {"epoch": epoch, "stage": TERNARY if epoch < 1000 else BINARY, "val/accuracy": value, "train/accuracy": value}
+        for epoch, value in epochs
+    ]
+    tests = [{"stage": BINARY, "test/accuracy": values[0]}]
+    runs = [Run(Path("runs") / str(at), rows, {}, label, tests) for at, label in enumerate(labels)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(columns))
         shown = table(runs)
@@ -263,7 +272,7 @@ def test_damaged_tables_are_refused_by_what_they_hold(content):
 
 def test_what_is_no_number_is_skipped():
     folder = write("a", row(0.5), row("x"), row(""), row(0.75))
-    assert read_run(folder).curves["val/accuracy"] == [(0, 0.5), (3, 0.75)]
+    assert read_run(folder).curve("val/accuracy") == {0: 0.5, 3: 0.75}
 
 
 def test_invalid_runs_are_refused():
@@ -280,7 +289,7 @@ def test_invalid_runs_are_refused():
         (["file"], "^file: there is no such folder"),
         (["a", "empty"], r"^empty holds no losses.csv, the table of a run \(loss_curves\)"),
         (["blank"], "^blank holds no run with val/accuracy; what it holds: nothing"),
-        (["untested"], "^untested holds no run with val/accuracy; what it holds: epoch, stage, train/accuracy"),
+        (["untested"], "^untested holds no run with val/accuracy; what it holds: train/accuracy"),
         (["tested"], "^tested holds no losses.csv"),
         (["a", "./a"], "a is named 2 times"),
         (["a"] * (len(STYLES) + 1), f"{len(STYLES) + 1} runs .* at most {len(STYLES)}"),
@@ -391,11 +400,11 @@ def test_a_real_run():
     trainer.test(model, datamodule=data)
     run = read_run(Path("logs"))
     assert run.folder == Path("logs/version_0")
-    assert list(run.stages().values()) == ["ternary", "binary", "binary"]
-    assert [epoch for epoch, _ in run.curves["val/accuracy"]] == [0, 1, 2]
-    assert [epoch for epoch, _ in run.curves["train/accuracy"]] == [0, 1, 2]
+    assert [row["stage"] for row in run.epochs] == ["ternary", "binary", "binary"]
+    assert list(run.curve("val/accuracy")) == [0, 1, 2]
+    assert list(run.curve("train/accuracy")) == [0, 1, 2]
     assert run.settings["projection_loss_weight"] == "0"
-    assert run.last("test/accuracy") == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
+    assert run.results("accuracy")[-1]["test"] == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
     assert [row[0] for row in cells(compare_runs(["logs"]))] == ["logs/version_0", "binary"]
 
 
