@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pcnn_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
-EVERYBODY = {"checks", "errors", "files", "stages", "tables", "version"}
+EVERYBODY = {"checks", "devices", "errors", "files", "stages", "tables", "version"}
 MAY_IMPORT: dict[str, set[str]] = {
     "functional": set(),
     "layers": {"functional"},

@@ -20,6 +20,7 @@ Backbone = Callable[..., Network]
 
 BACKBONES: dict[str, Backbone] = {
     "wrn7": partial(wide_resnet, depth=7),
+    "wrn10": partial(wide_resnet, depth=10),
     "wrn22": partial(wide_resnet, depth=22),
     "wrn40": partial(wide_resnet, depth=40),
     "resnet18": partial(resnet, depth=18),

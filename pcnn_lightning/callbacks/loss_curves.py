@@ -1,6 +1,7 @@
 """Curves of the loss terms and the accuracy over a run."""
 
 import csv
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, mark_stages
 from pcnn_lightning.checkpoints import folder_of_run
 from pcnn_lightning.checks import check_integer
+from pcnn_lightning.devices import device_name
 from pcnn_lightning.losses import LossTerm
 
 SPLITS = {"train": ("training", BLUE), "val": ("validation", ORANGE)}
@@ -23,7 +25,9 @@ class LossCurves(DrawingCallback):
 
     The table has all metrics that are logged as ``train/...`` or ``val/...``, and grows with every epoch. The figure is
     drawn again every few epochs and at the end of the run, even if that is interrupted. A resumed run continues its
-    curves. Tests of the run leave ``test.csv``, with the last metrics of each checkpoint and its stage.
+    curves. Tests of the run leave ``test.csv``, with the last metrics of each checkpoint and its stage. ``times.csv``
+    has the seconds of each epoch, validation included, and the device; of an epoch that was interrupted, those since
+    it went on.
 
     Args:
         every_n_epochs: epochs from one figure to the next.
@@ -48,7 +52,11 @@ class LossCurves(DrawingCallback):
         super().on_fit_start(trainer, pl_module)
         self._terms = pl_module.terms  # type: ignore[assignment]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_times(trainer)
         row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self.validation}
         self.epochs.append({**row, **_logged(trainer, "train")})
         self.validation = {}
@@ -69,6 +77,17 @@ class LossCurves(DrawingCallback):
             tested = {"checkpoint": str(trainer.ckpt_path), "stage": str(pl_module.stage), **_logged(trainer, "test")}
             others = [row for row in _rows(folder / "test.csv") if row.get("checkpoint") != tested["checkpoint"]]
             self.write("test", [*others, tested])
+
+    def _write_times(self, trainer: Trainer) -> None:
+        """Add the epoch to ``times.csv``, which no checkpoint holds: resumed runs are equal but for their times."""
+        if self.folder is None:
+            return
+        now, device = time.monotonic(), device_name(trainer.strategy.root_device)
+        devices = f"{trainer.world_size} x {device}" if trainer.world_size > 1 else device
+        row = {"epoch": trainer.current_epoch, "seconds": f"{now - self._began:.2f}", "device": devices}
+        self._began = now
+        before = [row for row in _rows(self.folder / "times.csv") if int(row["epoch"]) < trainer.current_epoch]
+        self.write("times", [*before, row])
 
     def draw(self, trainer: Trainer) -> None:
         if self.folder is not None and self.epochs:

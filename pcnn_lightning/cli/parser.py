@@ -32,6 +32,7 @@ from pcnn_lightning.cli.interruption import (
 )
 from pcnn_lightning.cli.names import PROGRAM, list_classes, readable, with_packaged_configs
 from pcnn_lightning.cli.run_folder import (
+    SUMMARY,
     begin_run,
     continue_logs,
     find_checkpoint,
@@ -260,6 +261,8 @@ class OneBitCLI(LightningCLI):
         if wanted and hasattr(self.datamodule, "image_shape"):
             counts = summary_of(self.model, self.datamodule)
             print(counts.table(), end="\n\n")
+            if isinstance(self.trainer, OneBitTrainer) and self.trainer.run_folder is not None:
+                write_whole(self.trainer.run_folder / SUMMARY, counts.to_csv().encode())
             self._warn_of_memory(counts)
 
     def _warn_of_memory(self, counts: NetworkSummary) -> None:

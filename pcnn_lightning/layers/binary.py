@@ -25,7 +25,8 @@ class BinaryConv2d(QuantizedConv2d):
         dilation: an integer or a pair.
         groups: must be 1; grouped 1-bit convolutions are not supported.
         scaling: one scale a per output ``"channel"``, per ``"layer"``, or none (``"none"``).
-        gradient: straight-through gradient of the sign: ``"clip"`` where abs(C) <= 1, or ``"identity"``.
+        gradient: gradient of the sign: ``"clip"`` where abs(C) <= 1, ``"identity"``, or ``"scaled"``: a times that of
+            ``"clip"``.
         normalization: ``"center"`` or ``"standardize"`` each filter before its sign is taken, or ``"none"``.
 
     Attributes:

@@ -28,7 +28,7 @@ class BNN(OneBitClassifier):
         sign_activations: 1-bit activations; False leaves them real.
         activation_gradient: ``clip`` or ``polynomial``: pseudo-gradient of the sign of activations.
         scaling: one scale per output ``channel``, per ``layer``, or ``none``.
-        weight_gradient: ``clip`` or ``identity``: straight-through gradient of the sign of kernels.
+        weight_gradient: ``clip``, ``identity`` or ``scaled``: gradient of the sign of kernels.
         normalization: ``center`` or ``standardize`` each filter before its sign is taken, or ``none``.
 
     Raises:

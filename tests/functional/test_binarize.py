@@ -12,7 +12,7 @@ from pcnn_lightning.functional import binarize
 
 SCALINGS, GRADIENTS, NORMALIZATIONS = (
     ("layer", "channel", "none"),
-    ("clip", "identity"),
+    ("clip", "identity", "scaled"),
     ("none", "center", "standardize"),
 )
 
@@ -53,8 +53,10 @@ def test_kernels_and_gradients_are_the_equations(seed, shape, scaling, gradient,
     factors = scales(v, scaling)
     expected = torch.stack([scale * reference.sign(kernel) for scale, kernel in zip(factors, v.detach(), strict=True)])
     torch.testing.assert_close(kernels.detach(), expected, rtol=1e-12, atol=1e-12)
-    by_v = torch.stack([scale * one for scale, one in zip(factors, delta, strict=True)])
-    if gradient == "clip":
+    by_v = delta
+    if gradient == "scaled":
+        by_v = torch.stack([scale * one for scale, one in zip(factors, delta, strict=True)])
+    if gradient != "identity":
         by_v = by_v * (v.detach().abs() <= 1)
     (by_weight,) = torch.autograd.grad(v, weight, by_v)  # the chain rule through mean and deviation
     torch.testing.assert_close(weight.grad, by_weight, rtol=1e-9, atol=1e-12)

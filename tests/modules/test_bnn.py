@@ -154,7 +154,7 @@ def test_the_stage_switch_leaves_it_alone_and_its_curves_are_drawn(tmp_path):
     ("arguments", "message"),
     [
         ({"scaling": "filter"}, "scaling must be one of layer, channel, none, but got 'filter'"),
-        ({"weight_gradient": "polynomial"}, "gradient must be one of clip, identity, but got 'polynomial'"),
+        ({"weight_gradient": "polynomial"}, "gradient must be one of clip, identity, scaled, but got 'polynomial'"),
         ({"activation_gradient": "identity"}, "gradient must be one of clip, polynomial, but got 'identity'"),
         ({"normalization": "batch"}, "normalization must be one of none, center, standardize, but got 'batch'"),
     ],

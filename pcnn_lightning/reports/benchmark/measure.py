@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from pcnn_lightning.devices import device_name
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.tables import filled, text_table
 
@@ -150,14 +151,8 @@ class Setting:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def __str__(self) -> str:
-        gpu = self.device.type == "cuda"
-        where = (
-            torch.cuda.get_device_name(self.device)
-            if gpu
-            else f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
-        )
         how = [self.precision, *["compiled"] * self.compiled, *["channels last"] * self.channels_last]
-        return f"{', '.join(how)}, {where}; medians of {self.rounds}"
+        return f"{', '.join(how)}, {device_name(self.device)}; medians of {self.rounds}"
 
 
 def compare_rounds(
