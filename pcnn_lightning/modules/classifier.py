@@ -53,8 +53,8 @@ class OneBitClassifier(LightningModule):
     Args:
         num_classes: number of classes.
         in_channels: number of channels of the images.
-        backbone: ``wrn7``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``, ``resnet34_cifar``,
-            ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
+        backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
+            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
         widths: feature maps of the stem and of each stage; None takes the backbone's own.
         dropout: dropout rate, for a backbone that has dropout.
         full_precision: train the full-precision twin: the same network with ordinary convolutions and no sign.

@@ -19,8 +19,8 @@ class MCN(TwoRateClassifier):
     :class:`TwoRateClassifier` and :class:`OneBitClassifier`.
 
     Args:
-        backbone: ``wrn7``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``, ``resnet34_cifar``,
-            ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
+        backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
+            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
         planes: K, M-Filters per layer and channels per feature map.
         average: MCN-1: one value per plane.
         levels: U, number of values of a kernel before modulation: 2 (by sign), 3 or 4 (by k-means, once per epoch).

@@ -18,6 +18,7 @@ PCNN_BACKBONES = [name for name in BACKBONES if name not in MCN_BACKBONES]
 # The number of 1-bit convolutions: all 3×3 ones but the first; in MCN's backbones also the first and two shortcuts.
 ONE_BIT_CONVOLUTIONS = {
     "wrn7": 3,
+    "wrn10": 6,
     "wrn22": 18,
     "wrn40": 36,
     "resnet18": 16,

@@ -98,7 +98,7 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_curves(command):
     again = command(*LOGGED, "--run_dir=killed", "--ckpt_path=last")
     assert again.code == 0, again.err
     assert "best val/accuracy" in again.out
-    late = {"diversity_ternary.png", "ternary", "binary"}  # drawn and logged before the run was killed
+    late = {"diversity_ternary.png", "times.csv", "ternary", "binary"}  # drawn and logged before the kill
     assert names("killed/version_0") == names("runs/default/version_0") - late
     for name in ("losses.csv", "kernels.csv", "flips.csv", "filters.csv"):
         assert Path("killed/version_0", name).read_text() == Path("runs/default/version_0", name).read_text(), name
@@ -222,7 +222,7 @@ def test_the_folder_of_a_run_in_python_is_that_of_its_checkpoints(tmp_path, monk
         trainer = fit(tiny_pcnn(), logger=logger, callbacks=[keep, LossCurves()], enable_checkpointing=True)
         assert folder_of_run(trainer).resolve() == keep.folder.parent
         assert (keep.folder.parent / "losses.csv").is_file()
-    assert {"project", "tb", "csv", "checkpoints", "losses.csv", "losses.png"} == names(".")
+    assert {"project", "tb", "csv", "checkpoints", "losses.csv", "losses.png", "times.csv"} == names(".")
     assert names("project") == {"a1", "a2"}
 
 
