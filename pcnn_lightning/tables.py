@@ -59,3 +59,9 @@ def text_table(rows: Sequence[Sequence[str]], *, total: bool = False, gap: int =
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as hours, minutes and seconds, such as 0:14:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -5,7 +5,7 @@ import time
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from pcnn_lightning.tables import terminal_width
+from pcnn_lightning.tables import duration, terminal_width
 
 
 class EpochLines(Callback):
@@ -38,7 +38,7 @@ class EpochLines(Callback):
         columns[rates] = "/".join(f"{group['lr']:.0e}".replace("e-0", "e-") for group in groups)
         columns["s"] = f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
         if (trainer.max_epochs or -1) > 0:
-            columns["left"] = _duration(self._seconds / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1))  # type: ignore[operator]
+            columns["left"] = duration(self._seconds / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1))  # type: ignore[operator]
         header, line = _aligned(columns)
         if len(header) > terminal_width():
             del columns[rates]
@@ -76,9 +76,3 @@ def _metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         if numbers:
             cells[label] = " ".join(numbers)
     return cells
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -19,6 +19,7 @@ from pcnn_lightning.cli.interruption import Interruption
 from pcnn_lightning.cli.names import PROGRAM, class_names, packaged_configs
 from pcnn_lightning.cli.parser import OneBitCLI, Parser, SaveConfig
 from pcnn_lightning.cli.subcommands import OneBitTrainer
+from pcnn_lightning.cli.sweep.command import sweep
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.modules import OneBitClassifier
 from pcnn_lightning.version import __version__
@@ -52,30 +53,12 @@ def main(args: ArgsType = None) -> OneBitCLI:
         warnings.filterwarnings("ignore", message=message)
     # Lightning advertises other products in the log of every run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
-    strict = {"allow_abbrev": False}
     with Interruption() as interruption:
         try:
-            return OneBitCLI(
-                OneBitClassifier,
-                LightningDataModule,
-                trainer_class=OneBitTrainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                parser_class=Parser,
-                parser_kwargs={
-                    **strict,
-                    "prog": PROGRAM,
-                    "usage": f"{PROGRAM} [options]",
-                    "version": __version__,
-                    "description": DESCRIPTION,
-                    **{name: {**strict, **_usage(name)} for name in OneBitCLI.subcommands()},
-                },
-                args=args,
-            )
+            cli = build(args)
+            if cli.subcommand == "sweep":
+                sweep(cli.config["sweep"], cli.fit_arguments, build)
+            return cli
         except BaseException as error:
             status = _report(error, interruption)
             if advice := getattr(error, "how_to_go_on", None):
@@ -83,6 +66,32 @@ def main(args: ArgsType = None) -> OneBitCLI:
             if status is None:
                 raise
             sys.exit(status)
+
+
+def build(args: ArgsType, cli: type[OneBitCLI] = OneBitCLI, parser: type[Parser] = Parser) -> OneBitCLI:
+    """Run a command line with the classes of this package."""
+    strict = {"allow_abbrev": False}
+    return cli(
+        OneBitClassifier,
+        LightningDataModule,
+        trainer_class=OneBitTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_class=parser,
+        parser_kwargs={
+            **strict,
+            "prog": PROGRAM,
+            "usage": f"{PROGRAM} [options]",
+            "version": __version__,
+            "description": DESCRIPTION,
+            **{name: {**strict, **_usage(name)} for name in OneBitCLI.subcommands()},
+        },
+        args=args,
+    )
 
 
 def _report(error: BaseException, interruption: Interruption) -> int | None:
@@ -110,8 +119,8 @@ def _report(error: BaseException, interruption: Interruption) -> int | None:
 
 def _usage(subcommand: str) -> dict[str, str]:
     """Instead of a list of all flags, which follow with their meaning."""
-    given = "RUN [RUN ...]" if subcommand == "compare" else "[--config FILE]"
-    return {"usage": f"{PROGRAM} {subcommand} {given} [options]"}
+    given = {"compare": "RUN [RUN ...]", "sweep": "[FILE] [--config FILE] [--grid KEY=VALUE,VALUE...]"}
+    return {"usage": f"{PROGRAM} {subcommand} {given.get(subcommand, '[--config FILE]')} [options]"}
 
 
 def _is_of_lightning(error: BaseException) -> bool:

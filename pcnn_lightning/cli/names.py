@@ -53,6 +53,12 @@ def packaged_configs() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def packaged_sweeps() -> dict[str, Path]:
+    """The files of sweeps that come along, by their names."""
+    configs = next(iter(packaged_configs().values())).parent
+    return {path.name: path for path in sorted(configs.glob("sweeps/*.yaml")) if not Path(path.name).exists()}
+
+
 def _packaged(name: str) -> str:
     path = Path(name)
     if path.parent not in (Path(), Path("configs")) or path.exists():

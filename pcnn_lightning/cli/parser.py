@@ -40,12 +40,16 @@ from pcnn_lightning.cli.run_folder import (
     requeued_checkpoint,
 )
 from pcnn_lightning.cli.subcommands import OneBitTrainer, summary_of
+from pcnn_lightning.cli.sweep.arguments import add_sweep_arguments, split_arguments
 from pcnn_lightning.data.memory import amount, available_memory
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
 from pcnn_lightning.reports import NetworkSummary, compare
+
+WITHOUT_MODEL = ("compare", "sweep")
+"""Subcommands that have no model, data and trainer."""
 
 
 class Parser(LightningArgumentParser):
@@ -78,6 +82,7 @@ class OneBitCLI(LightningCLI):
 
     _ckpt_path: str | None = None  # the file behind --ckpt_path
     _args: Sequence[str] = ()  # as they were given
+    fit_arguments: Sequence[str] = ()  # of all runs of a sweep
     _step_before: int | None = None  # of the checkpoint that a run goes on from
 
     # Parsing.
@@ -85,7 +90,7 @@ class OneBitCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         given = {"model", "datamodule"}
-        own = {"summary": given, "benchmark": given, "export": given, "compare": set()}
+        own = {"summary": given, "benchmark": given, "export": given, **{name: set() for name in WITHOUT_MODEL}}
         return {name: skipped | {"weights_only"} for name, skipped in {**LightningCLI.subcommands(), **own}.items()}
 
     def setup_parser(self, *args: Any) -> None:
@@ -93,9 +98,12 @@ class OneBitCLI(LightningCLI):
         add_completion(self.parser, self._subcommand_parsers.values())
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand != "compare":
+        if subcommand not in WITHOUT_MODEL:
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser = self.init_parser(**kwargs)  # without model, data and trainer
+        parser = self.init_parser(**kwargs)
+        if subcommand == "sweep":
+            add_sweep_arguments(parser)
+            return parser
         parser.add_argument("runs", nargs="+", metavar="RUN", help="A folder of logs, or one above the newest run's.")
         parser.add_argument("--output", default="comparison.png", help="The picture to write.")
         parser.add_argument("--metric", default="accuracy", help="The metric to compare.")
@@ -113,6 +121,9 @@ class OneBitCLI(LightningCLI):
             return
         self._args = given
         list_classes(given)
+        if given[:1] == ["sweep"]:
+            own, self.fit_arguments = split_arguments(given[1:])
+            given = ["sweep", *own]
         given = with_packaged_configs(given)
         path = checkpoint_argument(given)
         try:
@@ -144,10 +155,10 @@ class OneBitCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Done by :meth:`parse_arguments`; Lightning's own would overrule the user."""
 
-    # From a configuration to model, data and trainer. compare needs none of them.
+    # From a configuration to model, data and trainer.
 
     def _set_seed(self) -> None:
-        if self.subcommand == "compare":
+        if self.subcommand in WITHOUT_MODEL:
             return
         try:
             super()._set_seed()
@@ -155,7 +166,7 @@ class OneBitCLI(LightningCLI):
             raise InputError(f"seed_everything: {error}") from error
 
     def before_instantiate_classes(self) -> None:
-        if self.subcommand == "compare":
+        if self.subcommand in WITHOUT_MODEL:
             return
         trainer = self.config[self.config["subcommand"]]["trainer"]
         if not isinstance(trainer, Namespace):  # the parser accepts trainer: true
@@ -166,7 +177,7 @@ class OneBitCLI(LightningCLI):
             raise InputError("trainer.accumulate_grad_batches has no effect in this loop: set model.accumulate")
 
     def instantiate_classes(self) -> None:
-        if self.subcommand == "compare":
+        if self.subcommand in WITHOUT_MODEL:
             return
         try:
             super().instantiate_classes()
@@ -177,7 +188,7 @@ class OneBitCLI(LightningCLI):
             raise InputError(str(cause)) from error
 
     def after_instantiate_classes(self) -> None:
-        if self.subcommand == "compare":
+        if self.subcommand in WITHOUT_MODEL:
             return
         if type(self.model) is OneBitClassifier:
             raise InputError(f"model.class_path is missing: it must be one of {', '.join(FAMILIES)}")
@@ -243,6 +254,8 @@ class OneBitCLI(LightningCLI):
             asked = self.config["compare"]
             print(compare(asked["runs"], asked["output"], asked["metric"]))
             return
+        if subcommand == "sweep":
+            return  # follows when this is complete
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:

@@ -193,6 +193,9 @@ class OneBitTrainer(Trainer):
         else:
             print("\n\n".join(report.table() for report in reports))
 
+    def sweep(self) -> None:
+        """Train and test a run for each combination of settings in a grid."""
+
     def compare(self) -> None:
         """Draw the curves of several runs into one picture and print their best epochs as a table."""
 
