@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -96,9 +96,16 @@ class OneBitCLI(LightningCLI):
         if subcommand != "compare":
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser = self.init_parser(**kwargs)  # without model, data and trainer
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="A folder of logs, or one above the newest run's.")
+        where = "A folder of logs, one above the newest run's, or one with sweep.yaml, for all runs of the sweep."
+        parser.add_argument("runs", nargs="+", metavar="RUN", help=where)
         parser.add_argument("--output", default="comparison.png", help="The picture to write.")
         parser.add_argument("--metric", default="accuracy", help="The metric to compare.")
+        over = "Average runs that differ in this setting only; null for none."
+        parser.add_argument("--over", type=str | None, default="seed_everything", help=over)
+        form = "How to print the results; csv has exact numbers."
+        parser.add_argument("--format", type=Literal["table", "csv", "markdown"], default="table", help=form)
+        beside = "YAML file of published accuracies by the label of a row, for a column of their own."
+        parser.add_argument("--published", type=str | None, default=None, help=beside)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -241,7 +248,8 @@ class OneBitCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "compare":
             asked = self.config["compare"]
-            print(compare(asked["runs"], asked["output"], asked["metric"]))
+            names = ("runs", "output", "metric", "over", "format", "published")
+            print(compare(**{name: asked[name] for name in names}))
             return
         try:
             super()._run_subcommand(subcommand)

@@ -194,7 +194,10 @@ class OneBitTrainer(Trainer):
             print("\n\n".join(report.table() for report in reports))
 
     def compare(self) -> None:
-        """Draw the curves of several runs into one picture and print their best epochs as a table."""
+        """Draw the curves of several runs into one picture and print their best epochs as a table.
+
+        Runs that differ in their seed only are averaged.
+        """
 
 
 def load_weights(model: OneBitClassifier, ckpt_path: str | None) -> None:
