@@ -41,7 +41,7 @@ def test_the_wheel_has_every_file_of_the_package_and_the_configurations(wheel):
         for path in (ROOT / "pcnn_lightning").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    configs = {f"pcnn_lightning/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = {f"pcnn_lightning/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == package | configs
     assert len(configs) > 10

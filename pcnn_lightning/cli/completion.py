@@ -10,7 +10,10 @@ from jsonargparse import ArgumentParser
 
 from pcnn_lightning.cli.names import class_names, packaged_configs
 
-COMPLETED_AS = {"run_dir": "directory", "runs": "directory", "output": "file", "ckpt_path": "file"}
+COMPLETED_AS = {
+    **dict.fromkeys(("run_dir", "runs"), "directory"),
+    **dict.fromkeys(("output", "ckpt_path", "published"), "file"),
+}
 """What shtab completes arguments with whose type is just a string."""
 
 

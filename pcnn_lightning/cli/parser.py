@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -30,7 +30,7 @@ from pcnn_lightning.cli.interruption import (
     ended_by_time,
     resume_command,
 )
-from pcnn_lightning.cli.names import PROGRAM, list_classes, readable, with_packaged_configs
+from pcnn_lightning.cli.names import PROGRAM, list_classes, packaged_sweeps, readable, with_packaged_configs
 from pcnn_lightning.cli.run_folder import (
     SUMMARY,
     begin_run,
@@ -104,9 +104,16 @@ class OneBitCLI(LightningCLI):
         if subcommand == "sweep":
             add_sweep_arguments(parser)
             return parser
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="A folder of logs, or one above the newest run's.")
+        where = "A folder of logs, one above the newest run's, or one with sweep.yaml, for all runs of the sweep."
+        parser.add_argument("runs", nargs="+", metavar="RUN", help=where)
         parser.add_argument("--output", default="comparison.png", help="The picture to write.")
         parser.add_argument("--metric", default="accuracy", help="The metric to compare.")
+        over = "Average runs that differ in this setting only; null for none."
+        parser.add_argument("--over", type=str | None, default="seed_everything", help=over)
+        form = "How to print the results; csv has exact numbers."
+        parser.add_argument("--format", type=Literal["table", "csv", "markdown"], default="table", help=form)
+        beside = "YAML file of published accuracies by the label of a row, for a column of their own."
+        parser.add_argument("--published", type=str | None, default=None, help=beside)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -252,7 +259,9 @@ class OneBitCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "compare":
             asked = self.config["compare"]
-            print(compare(asked["runs"], asked["output"], asked["metric"]))
+            names = ("runs", "output", "metric", "over", "format")
+            published = packaged_sweeps().get(asked["published"], asked["published"])
+            print(compare(**{name: asked[name] for name in names}, published=published))
             return
         if subcommand == "sweep":
             return  # follows when this is complete
@@ -274,9 +283,14 @@ class OneBitCLI(LightningCLI):
         if wanted and hasattr(self.datamodule, "image_shape"):
             counts = summary_of(self.model, self.datamodule)
             print(counts.table(), end="\n\n")
-            if isinstance(self.trainer, OneBitTrainer) and self.trainer.run_folder is not None:
-                write_whole(self.trainer.run_folder / SUMMARY, counts.to_csv().encode())
+            self._write_summary()
             self._warn_of_memory(counts)
+
+    def _write_summary(self) -> None:
+        """Write the summary of the network in its present stage to the folder of the run."""
+        if isinstance(self.trainer, OneBitTrainer) and self.trainer.run_folder is not None:
+            counts = summary_of(self.model, self.datamodule)
+            write_whole(self.trainer.run_folder / SUMMARY, counts.to_csv().encode())
 
     def _warn_of_memory(self, counts: NetworkSummary) -> None:
         """Say that the kernel is likely to kill a run on CPUs; a GPU raises an error of its own."""
@@ -293,6 +307,8 @@ class OneBitCLI(LightningCLI):
 
     @rank_zero_only
     def after_fit(self) -> None:
+        if hasattr(self.datamodule, "image_shape"):
+            self._write_summary()  # the network may have gone from ternary to binary
         path = self.trainer.ckpt_path
         went_on = self.trainer.global_step != self._step_before or "val/accuracy" in self.trainer.callback_metrics
         if self._step_before is not None and not went_on:

@@ -197,7 +197,10 @@ class OneBitTrainer(Trainer):
         """Train and test a run for each combination of settings in a grid."""
 
     def compare(self) -> None:
-        """Draw the curves of several runs into one picture and print their best epochs as a table."""
+        """Draw the curves of several runs into one picture and print their best epochs as a table.
+
+        Runs that differ in their seed only are averaged.
+        """
 
 
 def load_weights(model: OneBitClassifier, ckpt_path: str | None) -> None:

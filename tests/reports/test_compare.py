@@ -1,7 +1,5 @@
-import csv
 import math
 import os
-import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compare_helpers import BINARY, TERNARY, TWO_STAGES, cells, row, write
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,40 +18,11 @@ from tiny import fit, tiny_digits, tiny_pcnn
 import pcnn_lightning.reports
 from pcnn_lightning import LossCurves, StageSwitch
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.reports.compare import COLOURS, STYLES, Run, draw_runs, label_runs, read_run, table
 from pcnn_lightning.reports.compare import compare as compare_runs
-
-TERNARY, BINARY = "ternary", "binary"
-
-
-def write(folder, *epochs, test=None, **settings):
-    """Write the tables and the settings of a run."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    losses = [{"epoch": epoch, **row} for epoch, row in enumerate(epochs)]
-    for name, rows in (("losses.csv", losses), ("test.csv", [test] if test else [])):
-        if rows:
-            with (folder / name).open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-                writer.writeheader()
-                writer.writerows(rows)
-    (folder / "hparams.yaml").write_text(yaml.dump(settings))
-    return folder
-
-
-def row(accuracy, stage=BINARY, train=0.5):
-    losses = {"train/cross_entropy": 1.0, "val/cross_entropy": 1.5}
-    return {"val/accuracy": accuracy, "train/accuracy": train, "stage": stage, **losses}
-
-
-def cells(table):
-    """The cells of the lines below the header."""
-    _, rows = re.split(r"^─+\n", table, flags=re.MULTILINE)
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in rows.splitlines()]
-
-
-TWO_STAGES = [row(0.5, TERNARY), row(0.75, TERNARY), row(0.25), row(0.625, train=0.875)]
-
+from pcnn_lightning.reports.compare.drawing import COLOURS, STYLES, draw_groups
+from pcnn_lightning.reports.compare.groups import Group, group_runs
+from pcnn_lightning.reports.compare.runs import Run, read_run
+from pcnn_lightning.reports.compare.tables import ResultTable
 
 # The table.
 
@@ -101,17 +71,17 @@ def test_no_name_or_number_is_cut_to_fit(columns, labels, values):
         for epoch, value in epochs
     ]
     tests = [{"stage": BINARY, "test/accuracy": values[0]}]
-    runs = [Run(Path("runs") / str(at), rows, {}, label, tests) for at, label in enumerate(labels)]
+    groups = [Group([Run(Path("runs") / str(at), rows, {}, tests)], label) for at, label in enumerate(labels)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(columns))
-        shown = table(runs)
+        shown = ResultTable(groups).to_text()
     assert max(map(cell_len, shown.splitlines())) <= columns
     assert [char for char in shown if char in "xqz=界"] == [char for char in "".join(labels) if char != " "]
     ternary, binary = (max(pair) for pair in (values[:2], values[2:]))
     for number in (ternary, binary, values[1], values[3], values[0]):
         assert f" {100 * number:.2f}" in shown
-    for run in runs:
-        assert str(run.folder) in shown
+    for group in groups:
+        assert str(group.runs[0].folder) in shown
 
 
 def test_lowest_loss_is_best():
@@ -125,9 +95,7 @@ def test_lowest_loss_is_best():
 
 
 def labels(*folders):
-    runs = [read_run(Path(folder)) for folder in folders]
-    label_runs(runs)
-    return [run.label for run in runs]
+    return [group.label for group in group_runs([read_run(Path(folder)) for folder in folders])]
 
 
 def test_runs_are_labelled_by_what_differs():
@@ -292,7 +260,7 @@ def test_invalid_runs_are_refused():
         (["untested"], "^untested holds no run with val/accuracy; what it holds: train/accuracy"),
         (["tested"], "^tested holds no losses.csv"),
         (["a", "./a"], "a is named 2 times"),
-        (["a"] * (len(STYLES) + 1), f"{len(STYLES) + 1} runs .* at most {len(STYLES)}"),
+        ([write(f"many/{at}", row(0.5)) for at in range(len(STYLES) + 1)], "33 runs .* at most 32"),
     ):
         with pytest.raises(InputError, match=message):
             compare_runs(runs)
@@ -335,15 +303,13 @@ def test_the_picture_is_written_whole_or_not_at_all(monkeypatch):
 def test_folders_of_any_name_can_be_drawn(name):
     run = read_run(write(f"x/{name}", row(0.5)))
     assert len(cells(compare_runs([run.folder]))) == 1
-    label_runs([run])
-    _, names = draw_runs([run]).legends
+    _, names = draw_groups(group_runs([run])).legends
     assert [text.get_text() for text in names.get_texts()] == [name.replace("\n", r"\n")]
 
 
 def test_curves_are_what_was_logged():
     runs = [read_run(write("a", *TWO_STAGES)), read_run(write("b", row(0.5)))]
-    label_runs(runs)
-    accuracy, entropy = draw_runs(runs).axes
+    accuracy, entropy = draw_groups(group_runs(runs)).axes
     assert (accuracy.get_ylabel(), entropy.get_ylabel()) == ("accuracy (%)", "cross-entropy (nats)")
     train, val, switch = (accuracy.lines[at] for at in (0, 1, -1))
     assert (train.get_linestyle(), val.get_linestyle(), switch.get_linestyle()) == ("-", "--", ":")
@@ -357,15 +323,14 @@ def test_curves_are_what_was_logged():
 def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis():
     for name, last, scale in (("a", 0.5, "linear"), ("b", 0.01, "log")):
         run = read_run(write(name, row(0.5), {**row(0.5), "val/cross_entropy": last}))
-        assert [axes.get_yscale() for axes in draw_runs([run]).axes] == ["linear", scale]
+        assert [axes.get_yscale() for axes in draw_groups(group_runs([run])).axes] == ["linear", scale]
 
 
 def test_no_two_runs_look_alike():
     runs = [
         read_run(write(f"{name:02}", row(0.5, stage=TERNARY), row(0.5), name=name)) for name in range(len(COLOURS) + 2)
     ]
-    label_runs(runs)
-    figure = draw_runs(runs)
+    figure = draw_groups(group_runs(runs))
     looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_linestyle() == "-"]
     assert len(set(looks)) == len(looks) == len(runs)
     assert len(figure.axes[0].lines) == 2 * len(runs) + 1, "one line where all change together"
@@ -377,8 +342,7 @@ def test_no_two_runs_look_alike():
 @pytest.mark.parametrize("amount", [1, 4, 12])
 def test_nothing_overlaps(amount):
     runs = [read_run(write(f"{at:02}", *TWO_STAGES, at=at, name="long_" * 12 + str(at))) for at in range(amount)]
-    label_runs(runs)
-    figure = draw_runs(runs)
+    figure = draw_groups(group_runs(runs))
     figure.draw_without_rendering()
     whole = figure.bbox
     boxes = [item.get_tightbbox() for item in (*figure.axes, *figure.legends)]
@@ -404,7 +368,7 @@ def test_a_real_run():
     assert list(run.curve("val/accuracy")) == [0, 1, 2]
     assert list(run.curve("train/accuracy")) == [0, 1, 2]
     assert run.settings["projection_loss_weight"] == "0"
-    assert run.results("accuracy")[-1]["test"] == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
+    assert run.result("accuracy", "binary")["test"] == pytest.approx(float(trainer.callback_metrics["test/accuracy"]))
     assert [row[0] for row in cells(compare_runs(["logs"]))] == ["logs/version_0", "binary"]
 
 
