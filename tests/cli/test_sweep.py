@@ -148,7 +148,7 @@ def test_print_prepares_a_folder_for_each_run_with_its_configuration_and_command
     assert printed.out.splitlines() == [f"python -m pcnn_lightning sweep --run_dir runs/{name}" for name in names]
     assert printed.err == ""
     assert yaml.safe_load(Path("runs/sweep.yaml").read_text())["runs"][names[1]] == {
-        "model.eta1": 0.05,
+        "eta1": 0.05,
         "seed_everything": 1,
     }
     config = yaml.safe_load(Path("runs", names[1], "config.yaml").read_text())

@@ -19,6 +19,9 @@ LONGEST_NAME = 200
 KEYS = ("base", "out", "config", "arguments", "grid")
 """Keys of the file of a sweep."""
 
+_WITHOUT = re.compile(r"[^\w.+-]+")
+"""What names of folders are without."""
+
 Axis = dict[str, list[str]]
 """The arguments of ``fit`` by the label of a value."""
 
@@ -29,7 +32,7 @@ class Run:
 
     Attributes:
         name: name of its folder, such as ``projection_loss_weight=0.001,seed_everything=0``.
-        values: label of its value by axis.
+        values: label of its value by axis, of which the last part is enough if it is the only one of that name.
         args: its arguments for ``fit``.
     """
 
@@ -60,14 +63,16 @@ class Plan:
         """
         if not self.grid:
             raise InputError("a sweep needs a grid: --grid KEY=VALUE,VALUE... or a file of a sweep")
+        ends = [key.rpartition(".")[2] for key in self.grid]
+        names = [end if ends.count(end) == 1 else key for key, end in zip(self.grid, ends, strict=True)]
         found: dict[str, Run] = {}
         for labels in product(*self.grid.values()):
-            values = dict(zip(self.grid, labels, strict=True))
-            args = [self.grid[key][label] for key, label in values.items()]
+            values = dict(zip(names, labels, strict=True))
+            args = [axis[label] for axis, label in zip(self.grid.values(), labels, strict=True)]
             # The configurations of a value are its base: what all runs share comes after them, and settings last.
             bases = [word for words in args for word in words if word.startswith("--config=")]
             settings = [word for words in args for word in words if not word.startswith("--config=")]
-            run = Run(self._name(values), values, [*bases, *self.shared, *settings])
+            run = Run(_name(values), values, [*bases, *self.shared, *settings])
             if len(run.name) > LONGEST_NAME:
                 raise InputError(
                     f"the run {run.name[:60]}... would have a folder with a name of {len(run.name)} characters, but at "
@@ -80,11 +85,9 @@ class Plan:
             found[run.name.casefold()] = run
         return list(found.values())
 
-    def _name(self, values: Mapping[str, str]) -> str:
-        ends = [key.rpartition(".")[2] for key in values]
-        names = (end if ends.count(end) == 1 else key for key, end in zip(values, ends, strict=True))
-        labels = (re.sub(r"[^\w.+-]+", "_", label).strip("_") for label in values.values())
-        return ",".join(map("=".join, zip(names, labels, strict=True)))
+
+def _name(values: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={_WITHOUT.sub('_', label).strip('_')}" for key, label in values.items())
 
 
 def _described(run: Run) -> str:
