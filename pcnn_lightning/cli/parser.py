@@ -42,6 +42,7 @@ from pcnn_lightning.cli.run_folder import (
 from pcnn_lightning.cli.subcommands import OneBitTrainer, summary_of
 from pcnn_lightning.cli.sweep.arguments import add_sweep_arguments, split_arguments
 from pcnn_lightning.data.memory import amount, available_memory
+from pcnn_lightning.devices import computes_bf16
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import is_packed, write_whole
@@ -285,6 +286,12 @@ class OneBitCLI(LightningCLI):
             print(counts.table(), end="\n\n")
             self._write_summary()
             self._warn_of_memory(counts)
+        if str(self.trainer.precision).startswith("bf16") and not computes_bf16(self.trainer.strategy.root_device):
+            print(
+                "warning: this CPU has neither AVX-512 BF16 nor AMX, and converts bfloat16 in software: "
+                "trainer.precision 32-true is likely to be faster here",
+                file=sys.stderr,
+            )
 
     def _write_summary(self) -> None:
         """Write the summary of the network in its present stage to the folder of the run."""

@@ -88,3 +88,12 @@ def test_batches_of_one_image(command):
     run = command(*FIT, "--data.batch_size=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2")
     assert run.code == 0, run.err
     assert run.cli.trainer.global_step == 3
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_bf16_on_a_cpu_that_converts_it_in_software_is_warned_of(command, monkeypatch, computes):
+    found = {"architecture": "x86_64", "avx512_bf16": computes, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    ended = command(*FIT, "--config=cpu_bf16.yaml", "--trainer.limit_train_batches=1")
+    assert ended.code == 0
+    assert ("converts bfloat16 in software" in ended.err) == (not computes)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pcnn_lightning.cli.names import packaged_sweeps
 from pcnn_lightning.cli.sweep.plan import Plan, parse_axis, read_plan
 
+ROOT = Path(__file__).parents[2]
 RUN = [*DIGITS, *NETWORK, *QUIET, "--trainer.max_epochs=1"]
 SWEEP = ["sweep", *RUN, "--out=runs"]
 ETA = "--grid=model.eta1=0.05,0.1"
@@ -226,3 +227,28 @@ def test_the_sweeps_that_come_along_are_valid(command, name):
     printed = command("sweep", name, "--out=runs", "--print", "--data.root=nowhere")
     assert printed.code == 0, printed.err
     assert len(printed.out.splitlines()) in (9, 12, 27)
+
+
+def yaml_blocks(page):
+    text = (ROOT / "docs" / "guide" / page).read_text(encoding="utf-8")
+    return [yaml.safe_load(block.partition("```")[0]) for block in text.split("```yaml\n")[1:]]
+
+
+def test_the_file_in_the_guide_is_that_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (own,) = [block for block in yaml_blocks("sweeps.md") if "out" in block]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**own, "base": str(ROOT / own["base"])}, sort_keys=False))
+    runs = read_plan(tmp_path / "own.yaml").runs()
+    assert runs[-1].name == "method=pcnn,seed_everything=2,eta1=0.05"
+    assert len(runs) == 11 * 3 * 2  # with the nine methods of its base
+    assert all(Path(word.partition("=")[2]).is_file() for word in runs[-1].args if word.startswith("--config="))
+
+
+def test_the_arguments_that_wandb_gives_are_those_of_fit(command):
+    (sweep,) = [block for block in yaml_blocks("sweeps.md") if "command" in block]
+    given = [f"--{name}={choices['values'][0]}" for name, choices in sweep["parameters"].items()]
+    words = [word for one in sweep["command"] for word in (given if one == "${args}" else [one])]
+    assert words[:3] == ["python", "-m", "pcnn_lightning"]
+    shown = yaml.safe_load(command(*words[3:], "--print_config").out)
+    assert shown["model"]["init_args"]["projection_loss_weight"] == 1e-3
+    assert shown["seed_everything"] == 0
