@@ -14,7 +14,7 @@ from pcnn_lightning import OneBitClassifier
 from pcnn_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = {"ddp", "debug", "gpu_bf16"}
+OVERLAYS = {"cpu_bf16", "ddp", "debug", "gpu_bf16"}
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in OVERLAYS)
 SHAPE = {"Digits": (10, 1), "CIFAR10": (10, 3), "CIFAR100": (100, 3), "ImageFolder": (1000, 3)}  # classes, channels
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -66,7 +66,7 @@ def build(name: str) -> OneBitClassifier:
 def test_the_first_line_says_what_it_is_for(name):
     first = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
-    assert first.endswith((".", "gpu_bf16.yaml"))
+    assert first.endswith((".", "_bf16.yaml"))
 
 
 @whole

@@ -151,7 +151,7 @@ def check_run(run: Run, folder: Path, build: Build, elsewhere: bool = False) -> 
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
-    text: str = cli._parser("fit").dump(cli.config["fit"], skip_none=False)
+    text: str = cli._subcommand_parsers["fit"].dump(cli.config["fit"], skip_none=False)
     return text
 
 
