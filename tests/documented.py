@@ -13,7 +13,8 @@ LOOPS = {"$weight": "1e-4", "$precision": "bf16-mixed", "$batch": "128", "$confi
 OURS = re.compile(r"(srun |OMP_NUM_THREADS=1 )?(python|torchrun .*) -m pcnn_lightning ")
 OTHERS = (
     *("source ", "tensorboard ", "tar ", "#", "for ", "done"),
-    *("pip install", "pytest", "python -m venv", "mkdocs ", "pre-commit ", "cc ", "xargs ", "sbatch ", "arm-none-eabi-"),
+    *("pip install", "pytest", "python -m venv", "mkdocs ", "pre-commit ", "cc ", "arm-none-eabi-"),
+    *("xargs ", "sbatch "),
 )
 
 
