@@ -1,5 +1,6 @@
 """Sweeps that are killed or interrupted, and started again, end as unbroken ones."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -80,13 +81,12 @@ def test_a_sweep_killed_twice_ends_with_the_same_tables(tmp_path):
     compare = [sys.executable, "-m", "pcnn_lightning", "compare", "runs", "--format=csv"]
     tables = [subprocess.check_output(compare, cwd=folder, text=True) for folder in (whole, killed)]
     assert without_minutes(tables[0]) == without_minutes(tables[1])
-    assert len(tables[0].splitlines()) == 1 + 4 * 2  # a row for each stage of four settings
+    assert len(without_minutes(tables[0])) == 4 * 2  # a row for each stage of four settings
 
 
 def without_minutes(table):
-    header, *rows = (line.split(",") for line in table.splitlines())
-    kept = [index for index, name in enumerate(header) if "minutes" not in name]
-    return [[row[index] for index in kept] for row in (header, *rows)]
+    rows = csv.DictReader(table.splitlines())
+    return [{name: cell for name, cell in row.items() if "minutes" not in name} for row in rows]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -63,9 +63,11 @@ def compare(
     write_whole(Path(output), image.getbuffer())
     # A sweep over seeds is a table of groups from its first run on.
     averaged = any(len(group.runs) > 1 or (group.runs[0].sweep and over in group.runs[0].settings) for group in groups)
+    results = ResultTable(groups, metric, averaged, numbers)
     notes = []
     if averaged:
-        notes.append(f"mean ± sample standard deviation over {over}; (k) marks values of k runs, not n")
+        partial = "; (k) marks values of k runs, not n" if results.is_partial else ""
+        notes.append(f"mean ± sample standard deviation over {over}{partial}")
         if devices := dict.fromkeys(device for group in groups for device in group.devices):
             notes.append(f"device{'s' * (len(devices) > 1)}: {'; '.join(devices)}")
     if waiting:
@@ -77,5 +79,5 @@ def compare(
             if matched
             else f"no run is labeled as one of {published}: {'; '.join(numbers)}"
         )
-    results = ResultTable(groups, metric, averaged, numbers, [shown(note) for note in notes])
+    results.notes = [shown(note) for note in notes]
     return {"table": results.to_text, "csv": results.to_csv, "markdown": results.to_markdown}[format]()

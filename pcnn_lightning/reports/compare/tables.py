@@ -60,6 +60,12 @@ class ResultTable:
         filled_in = {name for lines in self.lines for line in lines for name, value in line.items() if value}
         self.columns = [name for name in (OF_GROUPS if self.averaged else OF_SINGLE_RUNS) if name in filled_in]
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some cell is the mean of fewer runs than its row has."""
+        cells = [(line, line.get(name)) for lines in self.lines for line in lines for name in self.columns]
+        return any(isinstance(value, Sample) and 0 < value.n < line["n"] for line, value in cells)
+
     def _lines(self, group: Group) -> list[Line]:
         scale = 100 if "accuracy" in self.metric else 1
         lines: list[Line] = []
@@ -71,9 +77,9 @@ class ResultTable:
             for name in ("best", "val", "train", "test"):
                 line[name] = Sample(scale * result[name] for result in results if name in result)
             lines.append(line)
-        # What belongs to whole runs stands in one line. Parameters are counted when a run begins.
-        lines[0]["megabits"] = Sample(run.megabits for run in group.runs if run.megabits is not None)
-        lines[0]["minutes"] = Sample(run.minutes for run in group.runs if run.minutes is not None)
+        # What belongs to whole runs stands in the line of their last stage.
+        lines[-1]["megabits"] = Sample(run.megabits for run in group.runs if run.megabits is not None)
+        lines[-1]["minutes"] = Sample(run.minutes for run in group.runs if run.minutes is not None)
         lines[-1]["published"] = self.published.get(group.label)
         return lines
 
