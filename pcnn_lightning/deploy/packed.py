@@ -170,7 +170,7 @@ def _skeleton(description: Description) -> Network:
 
     def convolution(*shape: Any, planes: int = description.planes, **own: Any) -> nn.Module:
         if one_bit:
-            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **{**description.layer, **own})
+            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **(description.layer | own))
         return nn.Conv2d(*shape, **{"bias": False, **own})
 
     try:
