@@ -49,8 +49,10 @@ class BNN(OneBitClassifier):
     ) -> None:
         super().__init__(**others)
 
-        def convolution(*shape: int, planes: int = 1) -> BinaryConv2d:
-            return BinaryConv2d(*shape, scaling=scaling, gradient=weight_gradient, normalization=normalization)
+        options = {"scaling": scaling, "gradient": weight_gradient, "normalization": normalization}
+
+        def convolution(*shape: int, planes: int = 1, **others: Any) -> BinaryConv2d:
+            return BinaryConv2d(*shape, **{**options, **others})
 
         self.build_network(
             convolution, partial(SignActivation, activation_gradient) if sign_activations else nn.Identity

@@ -19,6 +19,7 @@ from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
 from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
 from pcnn_lightning.modules.accumulation import check_accumulation, synced_only_if, update_of
+from pcnn_lightning.modules.conversion import build_external, check_external, is_external
 from pcnn_lightning.modules.divergence import DivergenceWatch
 from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracy
 from pcnn_lightning.modules.optimization import (
@@ -54,7 +55,14 @@ class OneBitClassifier(LightningModule):
         num_classes: number of classes.
         in_channels: number of channels of the images.
         backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
-            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
+            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``; or a network to convert,
+            such as ``torchvision/resnet18`` or ``timm/resnet18d``.
+        network: a function of your own, such as ``my_package.build``, that makes the network to convert from
+            ``num_classes`` and ``in_channels``; ``backbone`` is then ignored.
+        pretrained: whether the network of torchvision or timm has its pretrained weights; or a file with them.
+        small_images: whether a ResNet of torchvision or timm begins without striding and pooling, as for CIFAR.
+        convert: arguments of the conversion: ``include``, ``exclude``, ``overrides``, ``pointwise``, and
+            ``activations``: ``real``, ``sign``, or ``threshold``, a learned threshold in front of the sign.
         widths: feature maps of the stem and of each stage; None takes the backbone's own.
         dropout: dropout rate, for a backbone that has dropout.
         full_precision: train the full-precision twin: the same network with ordinary convolutions and no sign.
@@ -97,6 +105,10 @@ class OneBitClassifier(LightningModule):
         num_classes: int = 10,
         in_channels: int = 3,
         backbone: str = "wrn22",
+        network: str | None = None,
+        pretrained: bool | str = False,
+        small_images: bool = False,
+        convert: dict[str, Any] | None = None,
         widths: list[int] | None = None,
         dropout: float = 0.0,
         full_precision: bool = False,
@@ -150,7 +162,7 @@ class OneBitClassifier(LightningModule):
     def build_network(
         self,
         convolution: Callable[..., nn.Module],
-        activation: Callable[[], nn.Module] = SignActivation,
+        activation: Callable[..., nn.Module] = SignActivation,
         planes: int = 1,
     ) -> None:
         """Build the backbone and the loss terms that go with it.
@@ -162,16 +174,20 @@ class OneBitClassifier(LightningModule):
         """
         hparams = self.hparams
         self.planes = planes
-        self.net = build_backbone(
-            hparams["backbone"],
-            hparams["num_classes"],
-            hparams["in_channels"],
-            plain_convolution if hparams["full_precision"] else convolution,
-            nn.Identity if hparams["full_precision"] else activation,
-            widths=hparams["widths"],
-            planes=planes,
-            dropout=hparams["dropout"],
-        )
+        check_external(hparams)
+        if is_external(hparams):
+            self.net, self.conversion = build_external(hparams, convolution, activation)
+        else:
+            self.net = build_backbone(
+                hparams["backbone"],
+                hparams["num_classes"],
+                hparams["in_channels"],
+                plain_convolution if hparams["full_precision"] else convolution,
+                nn.Identity if hparams["full_precision"] else activation,
+                widths=hparams["widths"],
+                planes=planes,
+                dropout=hparams["dropout"],
+            )
         layers = list(self.one_bit_layers.values())
         for layer in layers:
             if (layer.quantization_loss() is None) != (layer.loss_name is None):

@@ -1,0 +1,207 @@
+"""Networks of torchvision, of timm and of the user, as features and a linear classifier."""
+
+import importlib
+import inspect
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pcnn_lightning.checks import check_integer
+from pcnn_lightning.conversion.trace import trace
+from pcnn_lightning.errors import InputError
+
+LIBRARIES = ("torchvision", "timm")
+"""Libraries whose networks are named ``library/network``."""
+
+
+class SplitNetwork(nn.Module):
+    """A network whose last layer is linear, as features and a classifier.
+
+    Args:
+        network: the network; its last linear layer is exchanged for the identity.
+        image_shape: (C, H, W) of an image that it can process.
+
+    Attributes:
+        features: the network without its last layer, from images (B, C, H, W) to features (B, feature_dim).
+        classifier: the last layer.
+
+    Raises:
+        InputError: if the output of the last linear layer is not that of the network.
+    """
+
+    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        linear = [one for one in trace(network, image_shape) if isinstance(one.module, nn.Linear) and one.calls]
+        if not linear:
+            raise InputError(f"{type(network).__name__} has no linear layer, whose input the features would be")
+        self.classifier = cast(nn.Linear, linear[-1].module)
+        image = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+        before = _evaluated(network, image)
+        _exchange(network, linear[-1].name, nn.Identity())
+        self.features = network
+        after = _evaluated(self, image)
+        if not isinstance(before, Tensor) or not torch.equal(before, after):
+            raise InputError(
+                f"the logits of {type(network).__name__} must be the output of its last linear layer, {linear[-1].name}"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits (B, num_classes) of ``images`` (B, C, H, W)."""
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
+
+
+@torch.no_grad()
+def _evaluated(network: nn.Module, image: Tensor) -> Any:
+    before = {module: module.training for module in network.modules()}
+    output = network.eval()(image)
+    for module, mode in before.items():
+        module.training = mode
+    return output
+
+
+def _exchange(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
+
+
+def external_network(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    *,
+    pretrained: bool | str = False,
+    small_images: bool = False,
+) -> nn.Module:
+    """Build a network of another library.
+
+    Its first convolution is exchanged if ``in_channels`` is not 3, of which the mean of the pretrained weights is kept,
+    and its last linear layer if it does not have ``num_classes`` outputs.
+
+    Args:
+        name: ``torchvision/resnet18``, ``timm/resnet18d`` and the like.
+        num_classes: number of classes.
+        in_channels: number of channels of the images.
+        pretrained: whether to download the library's weights; or a file with the weights of this network.
+        small_images: whether a ResNet begins with a 3×3 convolution with stride 1 and without pooling, as for CIFAR.
+
+    Raises:
+        InputError: names what is wrong, and what is allowed.
+    """
+    check_integer("num_classes", num_classes, 1)
+    check_integer("in_channels", in_channels, 1)
+    library, _, own = name.partition("/")
+    build = {"torchvision": _of_torchvision, "timm": _of_timm}.get(library)
+    if build is None:
+        raise InputError(f"backbone: {name}: the library must be one of {', '.join(LIBRARIES)}, but got {library}")
+    network = build(own, pretrained is True)
+    if isinstance(pretrained, str):
+        _load(network, pretrained)
+    image_shape = (3, 224, 224)
+    layers = [one for one in trace(network, image_shape) if one.calls]
+    convolution = next((one for one in layers if isinstance(one.module, nn.Conv2d)), None)
+    linear = next((one for one in reversed(layers) if isinstance(one.module, nn.Linear)), None)
+    if convolution is None or linear is None:
+        raise InputError(f"backbone: {name} needs a convolution and a linear layer")
+    if linear.module.out_features != num_classes:  # type: ignore[union-attr]
+        has_bias = linear.module.bias is not None
+        _exchange(network, linear.name, nn.Linear(linear.module.in_features, num_classes, has_bias))  # type: ignore[union-attr, arg-type]
+    if small_images or in_channels != 3:
+        _exchange(network, convolution.name, _stem(cast(nn.Conv2d, convolution.module), in_channels, small_images))
+    if small_images:
+        if not isinstance(getattr(network, "maxpool", None), nn.Module):
+            raise InputError(f"small_images needs a ResNet, whose pooling it leaves out, but backbone is {name}")
+        network.maxpool = nn.Identity()
+    return network
+
+
+def _stem(old: nn.Conv2d, in_channels: int, small_images: bool) -> nn.Conv2d:
+    size, stride = ((3, 3), (1, 1)) if small_images else (old.kernel_size, old.stride)
+    padding = (1, 1) if small_images else old.padding
+    new = nn.Conv2d(in_channels, old.out_channels, size, stride, padding, bias=old.bias is not None)
+    if size == old.kernel_size:
+        with torch.no_grad():  # the response to a gray image stays the same
+            new.weight.copy_(old.weight.sum(dim=1, keepdim=True) / in_channels)
+            if new.bias is not None and old.bias is not None:
+                new.bias.copy_(old.bias)
+    return new
+
+
+def _of_torchvision(name: str, pretrained: bool) -> nn.Module:
+    from torchvision import models  # takes a second to import
+
+    if name not in models.list_models(module=models):
+        raise InputError(f"backbone: torchvision has no {name}; it has {', '.join(models.list_models(module=models))}")
+    builder: Callable[..., nn.Module] = models.get_model_builder(name)
+    without = {"aux_logits": False} if "aux_logits" in inspect.signature(builder).parameters else {}
+    without |= {"init_weights": True} if "init_weights" in inspect.signature(builder).parameters else {}
+    try:
+        network = builder(weights="DEFAULT") if pretrained else builder(weights=None, **without)
+    except (urllib.error.URLError, OSError) as error:
+        raise _no_download(f"torchvision/{name}", error) from error
+    if getattr(network, "aux_logits", False):  # pretrained weights come with auxiliary classifiers
+        network.aux_logits = False  # type: ignore[assignment]
+        for part in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(network, part):
+                setattr(network, part, None)
+    return network
+
+
+def _of_timm(name: str, pretrained: bool) -> nn.Module:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise InputError(f"backbone: timm/{name} needs timm: pip install 'pcnn-lightning[timm]'") from None
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name[:6]}*")[:10]
+        raise InputError(f"backbone: timm has no {name}; names like it are {', '.join(close) or 'none'}")
+    try:
+        return cast(nn.Module, timm.create_model(name, pretrained=pretrained))
+    except Exception as error:  # of the hub, which has many
+        if pretrained:
+            raise _no_download(f"timm/{name}", error) from error
+        raise
+
+
+def _no_download(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"the weights of {name} cannot be downloaded ({type(error).__name__}): download them elsewhere, and give the "
+        "file as pretrained"
+    )
+
+
+def _load(network: nn.Module, path: str) -> None:
+    """Load a file of weights, without running code from it."""
+    if not Path(path).is_file():
+        raise InputError(f"pretrained must be true, false or a file of weights, but there is no file {path}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state.get("state_dict", state))
+    except Exception as error:  # a damaged file can fail anywhere
+        raise InputError(f"pretrained: {path} does not fit: {' '.join(str(error).split())[:300]}") from error
+
+
+def users_network(path: str, num_classes: int, in_channels: int) -> nn.Module:
+    """Call a function of the user, ``package.module.function``, with ``num_classes`` and ``in_channels``.
+
+    Raises:
+        InputError: if there is no such function, or it does not return a module.
+    """
+    place, _, name = path.rpartition(".")
+    try:
+        build = getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"network: {path} cannot be imported ({error}): it must be package.function") from error
+    network = build(num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network: {path} must return a torch.nn.Module, but returned {type(network).__name__}")
+    return network
