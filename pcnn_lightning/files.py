@@ -9,6 +9,11 @@ from pathlib import Path
 
 from pcnn_lightning.errors import InputError
 
+LOSSES, TESTED, TIMES, SUMMARY = "losses.csv", "test.csv", "times.csv", "summary.csv"
+"""Tables in the folder of a run."""
+SWEEP = "sweep.yaml"
+"""The record of a sweep, beside the folders of its runs."""
+
 
 def check_writable(folder: Path) -> None:
     """Make ``folder`` if it is missing.

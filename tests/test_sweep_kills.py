@@ -97,7 +97,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on(tmp_path, number, status
     sweep.send_signal(number)
     assert sweep.wait() == status, output(tmp_path)
     assert not at_work(tmp_path)
-    assert output(tmp_path).splitlines()[-1] == "The same command goes on with the sweep."
+    assert output(tmp_path).splitlines()[-1] == "Run the same command again to go on with the sweep."
     done = epochs(tmp_path)
     assert len(list(tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt"))) == 2
     sweep = start(tmp_path, *grid)

@@ -86,7 +86,8 @@ class LossCurves(DrawingCallback):
         devices = f"{trainer.world_size} x {device}" if trainer.world_size > 1 else device
         row = {"epoch": trainer.current_epoch, "seconds": f"{now - self._began:.2f}", "device": devices}
         self._began = now
-        before = [row for row in _rows(self.folder / "times.csv") if int(row["epoch"]) < trainer.current_epoch]
+        epochs = [str(epoch) for epoch in range(trainer.current_epoch)]
+        before = [row for row in _rows(self.folder / "times.csv") if row.get("epoch") in epochs]
         self.write("times", [*before, row])
 
     def draw(self, trainer: Trainer) -> None:

@@ -32,7 +32,6 @@ from pcnn_lightning.cli.interruption import (
 )
 from pcnn_lightning.cli.names import PROGRAM, list_classes, packaged_sweeps, readable, with_packaged_configs
 from pcnn_lightning.cli.run_folder import (
-    SUMMARY,
     begin_run,
     continue_logs,
     find_checkpoint,
@@ -45,7 +44,7 @@ from pcnn_lightning.data.memory import amount, available_memory
 from pcnn_lightning.devices import computes_bf16
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.families import FAMILIES
-from pcnn_lightning.files import is_packed, write_whole
+from pcnn_lightning.files import SUMMARY, is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
 from pcnn_lightning.reports import NetworkSummary, compare
 

@@ -23,8 +23,6 @@ CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in the folder of a run."""
 CONFIG = "config.yaml"
 """Name of the configuration in the folder of a run that trains."""
-SUMMARY = "summary.csv"
-"""Name of the table of the network's layers in the folder of a run that trains."""
 
 
 def find_checkpoint(word: str, callbacks: Sequence[Any], run_dir: Path, to_train: bool = False) -> Path:

@@ -14,8 +14,10 @@ import yaml
 from cli_helpers import DIGITS, NETWORK, QUIET
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
 
 from pcnn_lightning.cli.names import packaged_sweeps
+from pcnn_lightning.cli.sweep.folder import locked
 from pcnn_lightning.cli.sweep.plan import Plan, parse_axis, read_plan
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +90,7 @@ REFUSED = {
     "values of the same name": (["--grid=data.root=a b,a_b"], ("share the folder root=a_b",)),
     "values that are equal": (["--grid=model.eta1=0.1,1e-1"], ("eta1=0.1", "eta1=1e-1", "the same run")),
     "configurations as values": (["--grid=config=a.yaml,b.yaml"], ("config cannot be an axis",)),
-    "a name too long": ([f"--grid=data.root={'a' * 300},b"], ("305 characters", "200")),
+    "a name too long": ([f"--grid=data.root={'a' * 300},b"], ("305 bytes", "200")),
     "no grid": ([], ("grid",)),
     "no folder": (["--out=null", ETA], ("out is missing",)),
     "a folder that holds other files": (["--out=full", ETA], ("full", "other.txt")),
@@ -96,6 +98,15 @@ REFUSED = {
     "no jobs": ([ETA, "--jobs=0"], ("jobs", "at least 1")),
     "two executors": ([ETA, "--print", "--slurm", "--gpus=1"], ("print", "slurm")),
     "one run and a grid": ([ETA, "--run_dir=x"], ("run_dir",)),
+    "an axis twice": (["--grid=model.eta1=0.1", "--grid=model.eta1=0.2"], ("model.eta1", "twice")),
+    "an axis outside the folder": (["--grid=../../evil=1"], ("../../evil", "cannot be an axis")),
+    "an endless value": (["--grid=model.widths=&a [*a]"], ("model.widths",)),
+    "too many runs": ([f"--grid=a{n}={','.join(map(str, range(30)))}" for n in range(3)], ("27,000", "10,000")),
+    "weights only": ([ETA, "--checkpoint.save_weights_only=true"], ("save_weights_only",)),
+    "no last checkpoint": ([ETA, "--checkpoint.save_last=false"], ("save_last",)),
+    "a checkpoint for all": ([ETA, "--ckpt_path=last"], ("ckpt_path",)),
+    "no test": ([ETA, "--trainer.limit_test_batches=0"], ("limit_test_batches",)),
+    "one root for all": ([ETA, "--trainer.default_root_dir=x"], ("default_root_dir",)),
     "no checkpoints": ([ETA, "--checkpoint=null"], ("eta1=0.05", "checkpoint")),
     "checkpoints in one folder": ([ETA, "--checkpoint.dirpath=kept"], ("dirpath",)),
     "no records": ([ETA, "--loss_curves=null"], ("loss_curves",)),
@@ -114,7 +125,7 @@ def test_mistakes_are_refused_in_one_line_before_anything_runs(command, name):
 
 
 FILES = {
-    "missing": (None, ("no file",)),
+    "missing": (None, ("no sweep file own.yaml",)),
     "other keys": ("{grid: {a: [1]}, epochs: 3}", ("base, out, config, arguments, grid", "epochs")),
     "no mapping": ("- 1", ("base, out, config, arguments, grid",)),
     "not YAML": ("grid: [", ("not YAML",)),
@@ -149,8 +160,8 @@ def test_print_prepares_a_folder_for_each_run_with_its_configuration_and_command
     assert printed.out.splitlines() == [f"python -m pcnn_lightning sweep --run_dir runs/{name}" for name in names]
     assert printed.err == ""
     assert yaml.safe_load(Path("runs/sweep.yaml").read_text())["runs"][names[1]] == {
-        "eta1": 0.05,
-        "seed_everything": 1,
+        "eta1": "0.05",
+        "seed_everything": "1",
     }
     config = yaml.safe_load(Path("runs", names[1], "config.yaml").read_text())
     assert (config["model"]["init_args"]["eta1"], config["seed_everything"]) == (0.05, 1)
@@ -167,7 +178,7 @@ def test_print_prepares_a_folder_for_each_run_with_its_configuration_and_command
     (test,) = rows(f"runs/{names[1]}/version_0/test.csv")
     assert test["checkpoint"].endswith("version_0/checkpoints/binary.ckpt")
     assert len(command(*SWEEP, ETA, "--grid=seed_everything=0,1", "--print").out.splitlines()) == 3
-    assert "has ended" in command("sweep", "--run_dir", f"runs/{names[1]}").out
+    assert "has finished" in command("sweep", "--run_dir", f"runs/{names[1]}").out
 
 
 def test_a_sweep_can_have_more_values_later_but_no_other_settings(command):
@@ -179,6 +190,8 @@ def test_a_sweep_can_have_more_values_later_but_no_other_settings(command):
     assert Path("runs/eta1=0.1/config.yaml").read_bytes() == before
     command(*SWEEP, ETA, "--trainer.max_epochs=7", "--print").is_refused("eta1=0.05", "trainer.max_epochs", "1", "7")
     command(*SWEEP, ETA, "--grid=seed_everything=0,1", "--print").is_refused("another sweep", "seed_everything")
+    more = "--grid=model.eta1=0.3"  # which has no run in common with the others
+    command(*SWEEP, more, "--trainer.max_epochs=7", "--print").is_refused("other arguments", "--trainer.max_epochs=1")
     Path("runs/sweep.yaml").write_text("runs: [1]")
     command(*SWEEP, ETA, "--print").is_refused("sweep.yaml", "damaged")
 
@@ -188,12 +201,13 @@ def test_a_run_that_is_none_of_a_sweep_is_refused(command):
 
 
 def test_slurm_gets_an_array_job_that_runs_each_run(command, tmp_path):
-    name = "it's here"
-    said = command("sweep", *RUN, ETA, "--out", name, "--slurm", "--gpus=1 --time=4:00:00")
+    name, wanted = "it's here", "-p gpu --time=4:00:00 --comment='a b'"
+    said = command("sweep", *RUN, ETA, "--out", name, "--slurm", wanted)
     assert said.out == f"sbatch {shlex.quote(f'{name}/sweep.sbatch')}\n"
     script = Path(name, "sweep.sbatch").read_text()
     options = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
-    assert {"--array=0-1", "--signal=SIGUSR1@120", "--requeue", "--gpus=1", "--time=4:00:00"} <= options
+    assert {"--array=0-1", "--signal=SIGUSR1@120", "--requeue", wanted} <= options
+    assert f'--output="{tmp_path.resolve()}/{name}/slurm-%A_%a.txt"' in options
     (tmp_path / "srun").write_text('#!/bin/sh\npwd\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "srun").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -202,6 +216,77 @@ def test_slurm_gets_an_array_job_that_runs_each_run(command, tmp_path):
         lines = subprocess.check_output(["bash", f"{name}/sweep.sbatch"], env=environment, text=True).splitlines()
         asked = [sys.executable, "-m", "pcnn_lightning", "sweep", "--run_dir", f"{name}/{run}"]
         assert lines == [str(tmp_path.resolve()), *asked]
+
+
+def test_a_requeued_job_of_slurm_goes_on_from_its_own_checkpoint(command, monkeypatch):
+    """Before the end of the first epoch, the checkpoint that SLURM's signal makes is the only one."""
+    for name in ("NTASKS", "JOB_ID", "PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", {"NTASKS": "1", "JOB_ID": "7"}.get(name, "0"))
+    monkeypatch.setenv("SLURM_JOB_NAME", "sweep")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
+    more = ["--grid=seed_everything=0", "--trainer.max_epochs=2", "--data.batch_size=4"]
+    assert command(*SWEEP, *more, "--print").code == 0
+    run = Path("runs/seed_everything=0")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    added = {"class_path": f"{__name__}.Requeue", "init_args": {}}
+    config["trainer"]["callbacks"] = [added]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert command("sweep", "--run_dir", run).code != 0
+    assert [path.name for path in run.rglob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    config["trainer"]["callbacks"] = [{**added, "class_path": f"{__name__}.FirstStep"}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    again = command("sweep", "--run_dir", run)
+    assert again.code == 0, again.err
+    assert "first step 3" in again.out
+    assert [path.name for path in run.iterdir() if path.is_dir()] == ["version_0"]
+
+
+class Requeue(Callback):
+    """Save what Lightning saves on SLURM's signal, and end the run."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+            raise KeyboardInterrupt
+
+
+class FirstStep(Callback):
+    """Print the step that training goes on from."""
+
+    def on_train_start(self, trainer, *_):
+        print(f"first step {trainer.global_step}")
+
+
+def test_a_run_is_not_trained_by_two_processes(command):
+    assert command(*SWEEP, ETA, "--print").code == 0
+    run = Path("runs/eta1=0.1")
+    with locked(run, "held"):
+        command("sweep", "--run_dir", run).is_refused("eta1=0.1 is running already")
+    assert not list(run.glob("version_*"))
+
+
+def test_only_the_sweep_itself_says_that_a_run_has_finished(command):
+    assert command(*SWEEP, "--grid=seed_everything=0", "--print").code == 0
+    run = ["--config=runs/seed_everything=0/config.yaml", "--run_dir=runs/seed_everything=0"]
+    assert command("fit", *run).code == 0
+    assert command("test", *run, "--ckpt_path=best").code == 0
+    assert len(command(*SWEEP, "--grid=seed_everything=0", "--print").out.splitlines()) == 1
+
+
+def test_numbers_stay_as_they_were_typed():
+    labels = parse_axis("x=010,1e-3,0:10,[1, 1e-3]")["x"]
+    assert list(labels) == ["010", "1e-3", "0:10", '[1, "1e-3"]']
+
+
+def test_values_of_a_file_are_chosen_by_name_and_the_file_may_stand_anywhere(command):
+    chosen = command(
+        "sweep", "--out=runs", "methods.yaml", "--grid", "method=mcn,u_mcn", "--print", "--data.root=nowhere"
+    )
+    assert [line.rpartition("/")[2] for line in chosen.out.splitlines()] == [
+        f"method={name},seed_everything={seed}" for name in ("mcn", "u_mcn") for seed in range(3)
+    ]
+    command("sweep", "methods.yaml", "--grid=method=mcm", "--out=other").is_refused("mcm", "mcn, mcn_1, u_mcn")
 
 
 def test_runs_share_the_machine_and_a_failed_one_stops_no_other(command, monkeypatch):
@@ -237,7 +322,7 @@ def yaml_blocks(page):
 def test_the_file_in_the_guide_is_that_of_a_sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (own,) = [block for block in yaml_blocks("sweeps.md") if "out" in block]
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**own, "base": str(ROOT / own["base"])}, sort_keys=False))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
     runs = read_plan(tmp_path / "own.yaml").runs()
     assert runs[-1].name == "method=pcnn,seed_everything=2,eta1=0.05"
     assert len(runs) == 11 * 3 * 2  # with the nine methods of its base

@@ -200,9 +200,11 @@ def test_runs_that_may_be_equal_are_not_averaged():
     assert groups("a", "c") == {Path.cwd().name: ["a", "c"]}
 
 
-def test_a_different_length_precision_or_stage_switch_keeps_runs_apart():
+def test_a_different_trainer_or_stage_switch_keeps_runs_apart():
     for key, one, two in (
         ("trainer", {"max_epochs": 2}, {"max_epochs": 3}),
+        ("trainer", {"limit_train_batches": None}, {"limit_train_batches": 0.5}),
+        ("trainer", {"devices": 1}, {"devices": 2}),
         ("trainer", {"precision": "bf16-mixed"}, {"precision": 32}),
         ("stage_switch", {"init_args": {"epoch": 0.5}}, {"init_args": {"epoch": 0.6}}),
     ):
@@ -295,6 +297,19 @@ def test_endless_values_have_a_label():
     Path("s/sweep.yaml").write_text("runs: {x: &a {m: [*a], n: 1}}")
     write("s/x/version_0", row(0.5))
     assert cells(compare_runs(["s"]))[0][0].startswith("m=[{m: [{m:")
+
+
+def test_a_run_that_has_not_been_validated_yet_has_not_begun(sweep):
+    write(f"sweep/{name_of('mcn', 1)}/version_0", {"train/accuracy": 0.5, "stage": BINARY})
+    assert "1 of 5 runs has not begun" in compare_runs([sweep])
+
+
+def test_what_a_sweep_averages_over_may_be_named_in_full():
+    for seed in (0, 1):
+        write(f"sweep/seed={seed}/version_0", row(0.5))
+    write_sweep("sweep", {"seed": 0}, {"seed": 1})
+    assert "over data.seed" in (said := compare_runs(["sweep"], over="data.seed"))
+    assert "50.0 ± 0.0" in said
 
 
 def test_a_sweep_needs_the_metric(sweep):

@@ -31,12 +31,17 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split what follows ``sweep`` into its own arguments and those of ``fit``."""
     own: list[str] = []
     others: list[str] = []
-    words = iter(args)
-    for index, word in enumerate(words):
-        is_file = index == 0 and not word.startswith("-")
-        if word in VALUED:
-            value = next(words, None)
-            own.append(word if value is None else f"{word}={value}")  # options of sbatch begin with dashes
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if word in VALUED and words and (word == "--slurm" or not words[0].startswith("--")):
+            own.append(f"{word}={words.pop(0)}")  # options of sbatch begin with dashes
+        elif word.partition("=")[0] in VALUED + SWITCHES:
+            own.append(word)
+        elif word.startswith("-"):
+            others.append(word)
+            if "=" not in word and words and not words[0].startswith("--"):
+                others.append(words.pop(0))
         else:
-            (own if is_file or word.partition("=")[0] in VALUED + SWITCHES else others).append(word)
+            own.append(word)  # the sweep file
     return own, others

@@ -1,7 +1,8 @@
 """The folder of a sweep: its runs with their configurations, and what has become of each."""
 
 import csv
-import os
+import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,17 +14,17 @@ import yaml  # type: ignore[import-untyped]
 
 from pcnn_lightning.callbacks.stage_checkpoint import LAST
 from pcnn_lightning.cli.run_folder import CHECKPOINTS, CONFIG, versions
-from pcnn_lightning.cli.sweep.plan import Run
+from pcnn_lightning.cli.sweep.plan import Plan, Run
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.files import check_writable, write_whole
+from pcnn_lightning.files import LOSSES, SWEEP, TESTED, check_writable, write_whole
 
 try:
     import fcntl
 except ImportError:  # Windows: sweeps are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-SWEEP, COMMAND, LOG, LOCK = "sweep.yaml", "command.txt", "log.txt", "lock"
-"""Names of files: the runs of a sweep; the command and the output of a run; the lock of a sweep."""
+COMMAND, LOG, FINISHED, LOCK = "command.txt", "log.txt", "finished.json", "lock"
+"""Names of files: command, output and results of a run; and what a process locks while it is at work in a folder."""
 
 
 class SweepFolder:
@@ -36,53 +37,58 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def check(self, runs: Sequence[Run], configs: Sequence[str]) -> None:
+    def check(self, plan: Plan, runs: Sequence[Run], configs: Sequence[str]) -> None:
         """Require that the folder is new, or that of a sweep over the same axes, with the same settings.
 
         Args:
-            runs: the runs of the sweep.
+            plan: the sweep.
+            runs: its runs.
             configs: their complete configurations, in YAML.
 
         Raises:
             InputError: names what is in the way.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"out: {self.path} is a file, and no folder")
+            raise InputError(f"out: {self.path} is a file, not a folder")
         others = [] if not self.path.exists() else [one.name for one in self.path.iterdir() if one.name != LOCK]
         if SWEEP not in others:
             if others:
-                raise InputError(f"out: {self.path} holds {others[0]}, which is not of a sweep: name another folder")
+                raise InputError(f"out: {self.path} holds {others[0]}, which is of no sweep: name another folder")
             return
-        axes, own = {key for values in self.recorded().values() for key in values}, set(runs[0].values)
-        if axes != own:
+        record = self._recorded()
+        if {*record["grid"]} != {*plan.grid}:
+            axes, own = (", ".join(grid) for grid in (record["grid"], plan.grid))
             raise InputError(
-                f"out: {self.path} is of another sweep, over {', '.join(sorted(axes))}, and not over "
-                f"{', '.join(sorted(own))}: name another folder"
+                f"out: {self.path} belongs to another sweep, over {axes}, and not over {own}: name another folder"
             )
         for run, config in zip(runs, configs, strict=True):
             there = self.path / run.name / CONFIG
             if there.is_file() and (changed := _difference(there.read_text(encoding="utf-8"), config)):
-                raise InputError(f"out: {there} is of another sweep: {changed}: name another folder")
+                raise InputError(f"out: {there} belongs to another sweep: {changed}: name another folder")
+        known = [(key, label) for key, axis in plan.grid.items() for label in axis if label in record["grid"][key]]
+        same = all(record["grid"][key][label] == plan.grid[key][label] for key, label in known)
+        if record["arguments"] != plan.shared or not same:
+            before = shlex.join(record["arguments"]) or "none"
+            raise InputError(f"out: {self.path} belongs to a sweep with other arguments, {before}: name another folder")
 
-    def recorded(self) -> dict[str, dict[str, Any]]:
-        """The value of each axis, by the name of a run.
-
-        Raises:
-            InputError: if the record is damaged.
-        """
+    def _recorded(self) -> dict[str, Any]:
         record = self.path / SWEEP
         try:
-            runs = yaml.safe_load(record.read_text(encoding="utf-8"))["runs"]
-            return {name: dict(values) for name, values in runs.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+            found = yaml.safe_load(record.read_text(encoding="utf-8"))
+            arguments, grid, runs = [*found["arguments"]], dict(found["grid"]), dict(found["runs"])
+            return {"arguments": arguments, "grid": {key: dict(axis) for key, axis in grid.items()}, "runs": runs}
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
             raise InputError(f"out: {record} is damaged: name another folder") from None
 
-    def write(self, runs: Sequence[Run], configs: Sequence[str], commands: Sequence[str]) -> None:
+    def write(self, plan: Plan, runs: Sequence[Run], configs: Sequence[str], commands: Sequence[str]) -> None:
         """Write the record of the sweep, and a folder with configuration and command for each run."""
         check_writable(self.path)
-        before = self.recorded() if (self.path / SWEEP).exists() else {}
-        own = {run.name: {key: _number(label) for key, label in run.values.items()} for run in runs}
-        record = {"runs": before | own}
+        before = self._recorded() if (self.path / SWEEP).exists() else {"grid": {}, "runs": {}}
+        record = {
+            "arguments": plan.shared,
+            "grid": {key: before["grid"].get(key, {}) | axis for key, axis in plan.grid.items()},
+            "runs": before["runs"] | {run.name: run.values for run in runs},
+        }
         text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=1000)
         write_whole(self.path / SWEEP, text.encode())
         for run, config, command in zip(runs, configs, commands, strict=True):
@@ -91,38 +97,33 @@ class SweepFolder:
                 write_whole(folder / COMMAND, f"{command}\n".encode())
                 write_whole(folder / CONFIG, config.encode())
 
-    @contextmanager
-    def locked(self, patience: float = 30) -> Iterator[int | None]:
-        """Hold the lock of the sweep, which processes that inherit its descriptor hold as well.
 
-        Args:
-            patience: seconds to wait for another holder, such as a run that ends because its sweep was killed.
+@contextmanager
+def locked(folder: Path, message: str, patience: float = 0) -> Iterator[int | None]:
+    """Hold the lock of a folder, as do processes that inherit its descriptor.
 
-        Raises:
-            InputError: if it is held for longer.
-        """
-        if fcntl is None:
-            yield None
-            return
-        check_writable(self.path)
-        with (self.path / LOCK).open("w") as file:
-            end = time.monotonic() + patience
-            while True:
-                with suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                if time.monotonic() > end:
-                    raise InputError(f"out: another sweep is at work in {self.path}: wait for it, or stop it")
-                time.sleep(0.2)
-            os.set_inheritable(file.fileno(), True)
-            yield file.fileno()
+    Args:
+        folder: the folder.
+        message: what to say if it is held.
+        patience: seconds to wait for another holder, such as a run that ends because its sweep was killed.
 
-
-def _number(label: str) -> str | int | float:
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(label)
-    return label
+    Raises:
+        InputError: if it is held for longer.
+    """
+    if fcntl is None:
+        yield None
+        return
+    check_writable(folder)
+    with (folder / LOCK).open("w") as file:
+        end = time.monotonic() + patience
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() >= end:
+                raise InputError(message)
+            time.sleep(0.2)
+        yield file.fileno()
 
 
 def _difference(before: str, after: str) -> str | None:
@@ -147,21 +148,30 @@ def newest_version(run: Path) -> Path | None:
     return next(iter(reversed(versions(run))), None)
 
 
-def test_results(run: Path) -> dict[str, str] | None:
-    """The metrics of the last test of a run, which ends it; None if it has not ended."""
-    version = newest_version(run)
-    if version is None or not (version / "test.csv").is_file():
+def results_of(run: Path) -> dict[str, str] | None:
+    """The results of a run that has finished: the test of its best checkpoint; None if it has not."""
+    try:
+        found: dict[str, str] = json.loads((run / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    with (version / "test.csv").open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))[-1]
+    return found
+
+
+def finish(run: Path) -> None:
+    """Record that a run has been trained and tested."""
+    version = newest_version(run)
+    assert version is not None
+    with (version / TESTED).open(newline="", encoding="utf-8") as lines:
+        results = list(csv.DictReader(lines))[-1]  # of the best checkpoint, which has just been tested
+    write_whole(run / FINISHED, json.dumps(results, indent=2).encode())
 
 
 def epochs_done(run: Path) -> int:
     """The number of epochs that a run has trained."""
     version = newest_version(run)
-    if version is None or not (version / "losses.csv").is_file():
+    if version is None or not (version / LOSSES).is_file():
         return 0
-    return len((version / "losses.csv").read_text(encoding="utf-8").splitlines()) - 1
+    return len((version / LOSSES).read_text(encoding="utf-8").splitlines()) - 1
 
 
 def can_go_on(run: Path) -> bool:
@@ -173,5 +183,5 @@ def can_go_on(run: Path) -> bool:
 def clear(run: Path) -> None:
     """Remove what a run left that was cut off before it could save anything."""
     version = newest_version(run)
-    if version is not None and not can_go_on(run):
+    if version is not None and not any(version.rglob("*.ckpt")):
         shutil.rmtree(version)

@@ -19,7 +19,7 @@ from rich import get_console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pcnn_lightning.cli.run_folder import CONFIG
-from pcnn_lightning.cli.sweep.folder import LOG, epochs_done, test_results
+from pcnn_lightning.cli.sweep.folder import LOG, epochs_done, results_of
 from pcnn_lightning.tables import duration
 
 PARENT = "PCNN_LIGHTNING_SWEEP"
@@ -43,7 +43,7 @@ def run_all(runs: Sequence[Path], jobs: int, lock: int | None) -> int:
     batch, with a checkpoint.
 
     Args:
-        runs: folders of the runs that have not ended.
+        runs: folders of the runs that have not finished.
         jobs: how many run at a time.
         lock: descriptor of the lock of the sweep, for the processes to hold.
 
@@ -65,7 +65,7 @@ def run_all(runs: Sequence[Path], jobs: int, lock: int | None) -> int:
                 if not line.report(one.run, one.process.returncode, time.monotonic() - one.began):
                     failed.append(one.run)
     for run in failed:
-        print(f"failed: {run.name}: {_last_line(run / LOG)} ({run / LOG})", file=sys.stderr)
+        print(f"failed: {run.name}: {_reason(run / LOG)} ({run / LOG})", file=sys.stderr)
     return len(failed)
 
 
@@ -90,7 +90,7 @@ def _share(slot: int, jobs: int) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
     if jobs > 1 and (count := torch.cuda.device_count()):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
         share["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot::jobs] or [visible[slot % count]])
     return share
 
@@ -105,8 +105,9 @@ def _end(active: dict[int, _Active]) -> None:
         for one in active.values():
             one.process.wait()
     except KeyboardInterrupt:
-        for one in active.values():
-            one.process.kill()
+        for one in active.values():  # a process of several devices has others
+            with suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signal.SIGKILL)
         raise
 
 
@@ -127,7 +128,7 @@ def _sigterm_raises() -> Iterator[None]:
 
     def end(*_: Any) -> NoReturn:
         error = SIGTERMException()
-        error.how_to_go_on = "The same command goes on with the sweep."  # type: ignore[attr-defined]
+        error.how_to_go_on = "Run the same command again to go on with the sweep."  # type: ignore[attr-defined]
         raise error
 
     if threading.current_thread() is not threading.main_thread():
@@ -141,10 +142,10 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 class _Line:
-    """A line below what is printed: runs that have ended, those at work, and the time left; only in terminals."""
+    """A line below what is printed: finished and running runs, and the time left; only in terminals."""
 
     def __init__(self, runs: Sequence[Path]) -> None:
-        self.total, self.ended = len(runs), 0
+        self.total, self.finished = len(runs), 0
         self._epochs = {run: _length(run) for run in runs}
         self._at_first = {run: self._share_done(run) for run in runs}
         self._began = time.monotonic()
@@ -164,8 +165,8 @@ class _Line:
         if self._is_shown:
             self._bar.stop()
 
-    def show(self, at_work: int) -> None:
-        """Show how far the sweep is, with ``at_work`` runs at a time."""
+    def show(self, running: int) -> None:
+        """Show how far the sweep is, with ``running`` runs at a time."""
         if not self._is_shown:
             return
         done = sum(map(self._share_done, self._epochs))
@@ -174,24 +175,24 @@ class _Line:
         self._bar.update(
             self._task,
             completed=done / self.total,
-            description=f"{self.ended} of {self.total} ended, {at_work} at work",
+            description=f"{self.finished} of {self.total} finished, {running} running",
             left="" if left is None else f"{duration(left)} left",
         )
 
     def report(self, run: Path, status: int, seconds: float) -> bool:
         """Print how a run ended, and return whether it succeeded."""
-        self.ended += 1
-        results = test_results(run)
+        self.finished += 1
+        results = results_of(run)
         succeeded = status == 0 and results is not None
         accuracy = (results or {}).get("test/accuracy")
         how = f"test accuracy {100 * float(accuracy):.2f} %" if accuracy else "tested"
         said = f"{how}, {duration(seconds)}" if succeeded else f"failed, exit status {status}"
-        line = f"[{self.ended}/{self.total}] {run.name}: {said}"
+        line = f"[{self.finished}/{self.total}] {run.name}: {said}"
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         return succeeded
 
     def _share_done(self, run: Path) -> float:
-        if test_results(run) is not None:
+        if results_of(run) is not None:
             return 1.0
         return min(epochs_done(run) / self._epochs[run], 0.99) if self._epochs[run] else 0.0
 
@@ -201,6 +202,8 @@ def _length(run: Path) -> int:
     return max(epochs or 0, 0)
 
 
-def _last_line(log: Path) -> str:
+def _reason(log: Path) -> str:
+    """The last error in a log; without one, its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    said = [line.strip() for line in lines if line.strip()]
+    return next((line for line in reversed(said) if "error:" in line.lower()), said[-1] if said else "no output")

@@ -1,6 +1,7 @@
 """The runs of a sweep: all combinations of the values on the axes of a grid."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,16 +12,19 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from pcnn_lightning.cli.names import packaged_sweeps
 from pcnn_lightning.errors import InputError
 
 LONGEST_NAME = 200
-"""Upper bound of the characters in the name of a run, which names its folder."""
+"""Upper bound of the bytes in the name of a run, which names its folder."""
+MOST_RUNS = 10_000
+"""Upper bound of the runs in a sweep."""
 
 KEYS = ("base", "out", "config", "arguments", "grid")
 """Keys of the file of a sweep."""
 
-_WITHOUT = re.compile(r"[^\w.+-]+")
-"""What names of folders are without."""
+_REPLACED = re.compile(r"[^\w.+-]+")
+"""Characters that are replaced in the names of folders."""
 
 Axis = dict[str, list[str]]
 """The arguments of ``fit`` by the label of a value."""
@@ -62,7 +66,9 @@ class Plan:
             InputError: if there is no axis, or two runs would share a folder.
         """
         if not self.grid:
-            raise InputError("a sweep needs a grid: --grid KEY=VALUE,VALUE... or a file of a sweep")
+            raise InputError("a sweep needs a grid: --grid KEY=VALUE,VALUE... or a sweep file")
+        if (count := math.prod(map(len, self.grid.values()))) > MOST_RUNS:
+            raise InputError(f"the grid has {count:,} runs, but a sweep may have at most {MOST_RUNS:,}")
         ends = [key.rpartition(".")[2] for key in self.grid]
         names = [end if ends.count(end) == 1 else key for key, end in zip(self.grid, ends, strict=True)]
         found: dict[str, Run] = {}
@@ -73,10 +79,10 @@ class Plan:
             bases = [word for words in args for word in words if word.startswith("--config=")]
             settings = [word for words in args for word in words if not word.startswith("--config=")]
             run = Run(_name(values), values, [*bases, *self.shared, *settings])
-            if len(run.name) > LONGEST_NAME:
+            if (length := len(run.name.encode())) > LONGEST_NAME:
                 raise InputError(
-                    f"the run {run.name[:60]}... would have a folder with a name of {len(run.name)} characters, but at "
-                    f"most {LONGEST_NAME} are allowed: give the values names, as in the files of configs/sweeps"
+                    f"the folder of the run {run.name[:60]}... would have a name of {length} bytes, but at most "
+                    f"{LONGEST_NAME} are allowed: give the values names, as in the files of configs/sweeps"
                 )
             if other := found.get(run.name.casefold()):  # some file systems do not tell A from a
                 raise InputError(
@@ -87,7 +93,7 @@ class Plan:
 
 
 def _name(values: Mapping[str, str]) -> str:
-    return ",".join(f"{key}={_WITHOUT.sub('_', label).strip('_')}" for key, label in values.items())
+    return ",".join(f"{key}={_REPLACED.sub('_', label).strip('_')}" for key, label in values.items())
 
 
 def _described(run: Run) -> str:
@@ -117,8 +123,8 @@ def _read(file: Path, path: tuple[Path, ...]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"there is no file of a sweep {file} ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"there is no sweep file {file} ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content.keys() <= {*KEYS}:
         others = ", ".join(str(key) for key in content if key not in KEYS) if isinstance(content, dict) else content
@@ -128,7 +134,9 @@ def _read(file: Path, path: tuple[Path, ...]) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise InputError(f"{file}: base must be the file of another sweep, but got {base!r}")
-    merged: dict[str, Any] = _merged(_read(file.parent / base, (*path, file.resolve())), content)
+    places = [packaged_sweeps().get(base), file.parent / base, Path(base)]
+    found = next((place for place in places if place is not None and place.is_file()), file.parent / base)
+    merged: dict[str, Any] = _merged(_read(found, (*path, file.resolve())), content)
     return merged
 
 
@@ -147,7 +155,7 @@ def _plan_of(content: Mapping[str, Any], file: Path) -> Plan:
         raise InputError(f"{file}: grid must map arguments of fit to lists of values, but got {grid!r}")
     axes = {str(key): _axis(str(key), values, str(file)) for key, values in grid.items()}
     shared = {"config": content.get("config"), **_mapping(content.get("arguments") or {}, f"{file}: arguments")}
-    return Plan(None if out is None else Path(out), _arguments(shared, str(file)), axes)
+    return Plan(None if out is None else Path(out).expanduser(), _arguments(shared, str(file)), axes)
 
 
 def parse_axis(given: str) -> dict[str, Axis]:
@@ -160,23 +168,45 @@ def parse_axis(given: str) -> dict[str, Axis]:
     if not equals or not key.strip():
         raise InputError(f"--grid {given}: must be KEY=VALUE,VALUE..., with an argument of fit as the key")
     try:
-        parsed = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
+        # Scalars stay as they were typed, for the parser of fit: YAML would make 8 of 010.
+        items = yaml.compose(f"[{values}]", yaml.SafeLoader).value
+        parsed = [item.value if isinstance(item, yaml.ScalarNode) else _constructed(item) for item in items]
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         raise InputError(f"--grid {given}: the values must be separated by commas, and lists be in brackets") from None
     return {key.strip(): _axis(key.strip(), parsed, f"--grid {given}")}
 
 
+def _constructed(node: yaml.Node) -> Any:
+    return yaml.safe_load(yaml.serialize(node))
+
+
 def _axis(key: str, values: Any, where: str) -> Axis:
-    if key == "config" or key.startswith("-"):
-        raise InputError(f"{where}: {key} cannot be an axis: name an argument of fit, without dashes")
+    if key == "config" or not re.fullmatch(r"\w[\w.]*", key):
+        raise InputError(f"{where}: {key} cannot be an axis, which is named as an argument of fit, without dashes")
     if isinstance(values, dict) and values:
         return {_text(label): _arguments(settings, f"{where}: {key}: {label}") for label, settings in values.items()}
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: {key} must have one or more values, but got {values!r}")
-    texts = [_text(value) for value in values]
+    try:
+        texts = [_text(value) for value in values]
+    except (ValueError, TypeError, RecursionError):
+        raise InputError(f"{where}: {key} has a value that is not allowed on the command line") from None
     if twice := next((text for text in texts if texts.count(text) > 1), None):
         raise InputError(f"{where}: two runs would share a folder: {key} has the value {twice} twice")
     return {text: [f"--{key}={text}"] for text in texts}
+
+
+def select(axis: Axis, chosen: Axis, key: str) -> Axis:
+    """The values of an axis that the command line chooses: by their labels, if the axis has sets of arguments.
+
+    Raises:
+        InputError: if there is no value of that label.
+    """
+    if all(args == [f"--{key}={label}"] for label, args in axis.items()):
+        return chosen
+    if unknown := [label for label in chosen if label not in axis]:
+        raise InputError(f"--grid {key}: there is no {unknown[0]}; there are {', '.join(axis)}")
+    return {label: axis[label] for label in chosen}
 
 
 def _mapping(settings: Any, where: str) -> dict[Any, Any]:

@@ -16,23 +16,24 @@ def array_job(runs: Sequence[Path], out: Path, options: str) -> str:
     SIGUSR1 lets a run save a checkpoint and put itself into the queue again, from where it goes on.
 
     Args:
-        runs: folders of the runs that have not ended.
+        runs: folders of the runs that have not finished.
         out: folder of the sweep.
         options: options of ``sbatch``, such as ``--partition=gpu --gpus=1 --time=4:00:00``.
     """
     own = {
-        "job-name": out.name,
+        "job-name": "sweep",
         "array": f"0-{len(runs) - 1}",
         "signal": f"SIGUSR1@{SECONDS_BEFORE_THE_END}",
-        "output": f"{out}/slurm-%a.txt",
+        "output": f'"{out.resolve()}/slurm-%A_%a.txt"',
         "open-mode": "append",
     }
-    lines = [f"--{name}={value}" for name, value in own.items()] + ["--requeue", *shlex.split(options)]
     command = shlex.join([sys.executable, "-m", "pcnn_lightning", "sweep", "--run_dir"])
     return "\n".join(
         [
             "#!/bin/bash",
-            *(f"#SBATCH {line}" for line in lines),
+            *(f"#SBATCH --{name}={value}" for name, value in own.items()),
+            "#SBATCH --requeue",
+            *([f"#SBATCH {options}"] if options else []),
             "runs=(",
             *(f"  {shlex.quote(str(run))}" for run in runs),
             ")",

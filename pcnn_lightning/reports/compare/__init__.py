@@ -8,7 +8,7 @@ from pathlib import Path
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
 from pcnn_lightning.reports.compare.drawing import STYLES, draw_groups
-from pcnn_lightning.reports.compare.groups import SEED, group_runs
+from pcnn_lightning.reports.compare.groups import SEED, Group, group_runs
 from pcnn_lightning.reports.compare.runs import read_runs
 from pcnn_lightning.reports.compare.settings import read_published, shown
 from pcnn_lightning.reports.compare.tables import ResultTable
@@ -52,15 +52,8 @@ def compare(
         if times > 1:
             raise InputError(f"{folder} is named {times} times: name each run's own version_N")
     groups = group_runs(found, over)
-    if len(groups) > len(STYLES):
-        raise InputError(f"{len(groups)} runs cannot be told apart in one picture: compare at most {len(STYLES)}")
-    check_writable(Path(output).parent)
-    image = io.BytesIO()
-    try:
-        draw_groups(groups, metric).savefig(image, format=Path(output).suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # an unknown image format
-        raise InputError(f"cannot write {output}: {error}") from error
-    write_whole(Path(output), image.getbuffer())
+    if len(groups) <= len(STYLES):
+        _write_picture(groups, metric, Path(output))
     # A sweep over seeds is a table of groups from its first run on.
     averaged = any(len(group.runs) > 1 or (group.runs[0].sweep and over in group.runs[0].settings) for group in groups)
     results = ResultTable(groups, metric, averaged, numbers)
@@ -70,6 +63,8 @@ def compare(
         notes.append(f"mean ± sample standard deviation over {over}{partial}")
         if devices := dict.fromkeys(device for group in groups for device in group.devices):
             notes.append(f"device{'s' * (len(devices) > 1)}: {'; '.join(devices)}")
+    if len(groups) > len(STYLES):
+        notes.append(f"no picture: {len(groups)} curves cannot be told apart, but {len(STYLES)} can")
     if waiting:
         notes.append(f"{waiting} of {waiting + len(found)} runs {'has' if waiting == 1 else 'have'} not begun")
     if numbers:
@@ -81,3 +76,13 @@ def compare(
         )
     results.notes = [shown(note) for note in notes]
     return {"table": results.to_text, "csv": results.to_csv, "markdown": results.to_markdown}[format]()
+
+
+def _write_picture(groups: Sequence[Group], metric: str, output: Path) -> None:
+    check_writable(output.parent)
+    image = io.BytesIO()
+    try:
+        draw_groups(groups, metric).savefig(image, format=output.suffix[1:] or "png")
+    except (OSError, ValueError) as error:  # an unknown image format
+        raise InputError(f"cannot write {output}: {error}") from error
+    write_whole(output, image.getbuffer())

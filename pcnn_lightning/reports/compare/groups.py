@@ -91,6 +91,8 @@ def group_runs(runs: Sequence[Run], over: str | None = SEED) -> list[Group]:
         InputError: if ``over`` is not the seed, and no run has such a setting.
     """
     known = sorted({SEED, *(name for run in runs for name in run.settings)})
+    if over not in (None, *known) and str(over).rpartition(".")[2] in known:
+        over = str(over).rpartition(".")[2]  # a sweep names its values so
     if over not in (None, *known):
         raise InputError(f"no run has the setting {over} to average over: {', '.join(known)} or null")
     order = {id(run): at for at, run in enumerate(runs)}

@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.files import LOSSES, SUMMARY, SWEEP, TESTED, TIMES
 from pcnn_lightning.reports.compare.settings import read_settings, read_sweep
-
-LOSSES, TESTED, TIMES, SUMMARY = "losses.csv", "test.csv", "times.csv", "summary.csv"
-"""Tables in the folder of a run."""
-SWEEP = "sweep.yaml"
-"""The runs of a sweep, which lie in folders beside it."""
 
 Row = dict[str, Any]
 """The row of a table: metrics and the epoch are numbers, and missing if they are not."""
@@ -88,8 +84,13 @@ def read_runs(path: Path, metric: str = "accuracy") -> tuple[list[Run], int]:
     begun = [name for name in sweep if any((path / name).rglob(LOSSES))]
     if not begun:
         raise InputError(f"{path / SWEEP}: none of its {len(sweep)} runs has begun")
-    runs = [replace(read_run(path / name, metric), settings=sweep[name], sweep=path) for name in begun]
-    return runs, len(sweep) - len(begun)
+    runs: list[Run] = []
+    for name in begun:
+        with suppress(InputError):  # it has not been validated yet
+            runs.append(replace(read_run(path / name, metric), settings=sweep[name], sweep=path))
+    if not runs:
+        read_run(path / begun[0], metric)  # says what there is
+    return runs, len(sweep) - len(runs)
 
 
 def read_run(path: Path, metric: str = "accuracy") -> Run:

@@ -15,6 +15,12 @@ LONGEST_FILE = 2**18
 FRACTION = r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?"
 """A number that is not written as a whole one. To YAML, 1e-4 would be text."""
 
+WITHOUT_EFFECT = (
+    *("logger", "default_root_dir", "log_every_n_steps", "num_sanity_val_steps", "profiler"),
+    *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams"),
+)
+"""Arguments of the Trainer that change nothing in what a run learns."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -40,8 +46,7 @@ def read_settings(folder: Path) -> dict[str, str]:
         "data": _text(data.get("class_path")).rpartition(".")[2],
         **{f"data.{name}": _text(node) for name, node in _fields(data.get("init_args")).items()},
         **{f"stage_switch.{name}": _text(node) for name, node in _fields(switch.get("init_args")).items()},
-        "max_epochs": _text(trainer.get("max_epochs")),
-        "precision": _text(trainer.get("precision")),
+        **{name: _text(node) for name, node in trainer.items() if name not in WITHOUT_EFFECT},
         "seed_everything": _text(config.get("seed_everything")),
     }
     return {name: text for name, text in settings.items() if text and not name.startswith("_")}

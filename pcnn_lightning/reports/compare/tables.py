@@ -143,7 +143,7 @@ class ResultTable:
             return f"{value.least:g}" if value.least == value.most else f"{value.least:g}–{value.most:g}"
         # A deviation over a few runs is not known to more than one digit.
         digits = {"megabits": 2, "minutes": 1}.get(name, (2 if "accuracy" in self.metric else 4) - self.averaged)
-        text = f"{value.mean:.{digits}f}"
+        text = f"{value.mean:.3g}" if name == "megabits" and value.mean < 1 else f"{value.mean:.{digits}f}"
         if value.n > 1 and name not in ("megabits", "minutes"):
             text += f"{between}± {value.std:.{digits}f}"
         return text if value.n == line["n"] else f"{text} ({value.n})"
