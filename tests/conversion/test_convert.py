@@ -144,9 +144,8 @@ def test_overrides_are_arguments_of_single_layers():
     network = models.resnet18(num_classes=5)
     overrides = {"layer3.*": {"projections": 2}, "re:layer3\\.1\\..*": {"projections": 4, "sigma": 0.5}}
     converted(network, overrides=overrides)
-    chosen = {
-        name: (module.projections, module.sigma) for name, module in network.named_modules() if name in one_bit(network)
-    }
+    layers = ((name, network.get_submodule(name)) for name in one_bit(network))
+    chosen = {name: (layer.projections, layer.sigma) for name, layer in layers}
     assert chosen["layer2.0.conv1"] == (1, 0.7)
     assert chosen["layer3.0.conv1"] == (2, 0.7)
     assert chosen["layer3.1.conv2"] == (4, 0.5)
@@ -205,20 +204,21 @@ ASKED_FOR = {
 
 
 @pytest.mark.parametrize("name", ASKED_FOR)
-def test_what_cannot_be_converted_stays_real_and_is_refused_if_asked_for(name):
+def test_what_cannot_be_converted_is_refused_if_asked_for(name):
     network, path, said = ASKED_FOR[name]
     network = copy.deepcopy(network)
     kinds = {key: type(module) for key, module in network.named_modules()}
     with pytest.raises(ValueError, match=f"^{path} cannot become 1-bit: .*{said}"):
         convert(network, image_shape=SHAPE, include=[path])
     assert {key: type(module) for key, module in network.named_modules()} == kinds
-    try:
-        report = converted(network)
-    except ValueError as error:
-        assert "no convolution became 1-bit" in str(error)  # there is no other
-        return
-    (reason,) = [layer.reason for layer in report.layers if layer.name == path]
-    assert said in reason
+    others = [layer.reason for layer in converted(network, include="0").layers if layer.name == path]
+    assert others == ["not included"]
+
+
+def test_what_cannot_be_converted_is_named_in_the_table():
+    network = after_a_stem(Standardized(4, 4, 3), nn.ConvTranspose2d(4, 4, 3))
+    reasons = [layer.reason for layer in converted(network).layers]
+    assert reasons == ["the first convolution", "Standardized has a forward method of its own", "transposed", None]
 
 
 @pytest.mark.parametrize(
