@@ -134,10 +134,17 @@ def modulation_gradients(
     return by_weight, by_modulation * sign(modulation.detach().double())
 
 
+def convolve(x: Tensor, kernels: Tensor, bias: Tensor | None = None, *, groups: int = 1, **convolution: Any) -> Tensor:
+    """conv2d, one group after another: each group of kernels with its own input channels."""
+    parts = zip(x.chunk(groups, dim=1), kernels.chunk(groups), strict=True)
+    y = torch.cat([F.conv2d(channels, own, **convolution) for channels, own in parts], dim=1)
+    return y if bias is None else torch.stack([y[:, c] + bias[c] for c in range(len(bias))], dim=1)
+
+
 def task_gradient(task: Callable[[Tensor], Tensor], x: Tensor, quantized: Tensor, **convolution: Any) -> Tensor:
-    """δ: the gradient of ``task(conv2d(x, D))`` by D (or Q), by autograd through an ordinary convolution."""
+    """δ: the gradient of ``task(conv2d(x, D))`` by D (or Q), by autograd through ordinary convolutions."""
     leaf = quantized.clone().requires_grad_()
-    (delta,) = torch.autograd.grad(task(F.conv2d(x.detach().double(), leaf, **convolution)), leaf)
+    (delta,) = torch.autograd.grad(task(convolve(x.detach().double(), leaf, **convolution)), leaf)
     return delta
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Convolution = Callable[..., nn.Module]
 """Factory that builds a layer from ``(in_channels, out_channels, kernel_size, stride, padding)``: a class such as
 ``ProjectionConv2d`` with its other arguments bound, or an ordinary convolution without bias. The keyword ``planes``
-overrides the network's number of channels per feature map."""
+overrides the network's number of channels per feature map; ``groups`` and ``bias`` are those of the layer."""
 
 Activation = Callable[[], nn.Module]
 """Factory of the module that binarizes the input of such a layer: ``SignActivation``, or ``nn.Identity`` for

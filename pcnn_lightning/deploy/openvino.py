@@ -14,8 +14,9 @@ inside. It needs no other package than ``openvino``::
     logits = compiled(images)["logits"]
 
 Binary convolutions of signs become ``BinaryConvolution`` operations on 1-bit weights, which need a fixed batch size, an
-x86 processor to be fast, and a multiple of 8 input channels. All other layers become ordinary operations: their signs
-are stored at one bit each, or two bits if they have three or four values, and are floats in the compiled model.
+x86 processor to be fast, a single group, and a multiple of 8 input channels. All other layers become ordinary
+operations: their signs are stored at one bit each, or two bits if they have three or four values, and are floats in the
+compiled model.
 """
 
 import ctypes
@@ -373,7 +374,7 @@ class _Graph:
         if module is operation.module and _is_pointwise(module):
             self.pointwise[operation.name] = operation.inputs[0], module
         y = self.convolve(x, module.weight, module)
-        return y if module.bias is None else self.opset.add(y, self.per_channel(module.bias, operation))
+        return self.shifted(y, module)
 
     def frozen_convolution(self, operation: Operation, module: Any, x: Any) -> Any:
         (source,) = operation.inputs
@@ -395,7 +396,7 @@ class _Graph:
 
     def quantized_convolution(self, x: Any, module: Any, of_signs: bool) -> Any:
         if type(module) is FrozenModulatedConv2d:
-            return self.convolve(x, self.modulated_kernels(module), module)
+            return self.shifted(self.convolve(x, self.modulated_kernels(module), module), module)
         y = self.convolve(x, self.coded(module.signs, module.symbols), module)
         if of_signs:
             y = self.kept(y)  # else kernels would be multiplied by the scale, and sums not be whole numbers
@@ -420,13 +421,20 @@ class _Graph:
         """Convolve with ``kernels``, a value or a tensor."""
         (top, bottom), (left, right) = _pads(module)
         shape = list(module.stride), [top, left], [bottom, right], list(module.dilation)
-        if getattr(module, "groups", 1) > 1:
-            kernels = kernels.unflatten(0, (module.groups, -1))
-            return self.opset.group_convolution(x, self.constant(kernels), *shape)
-        return self.opset.convolution(x, self.constant(kernels) if isinstance(kernels, Tensor) else kernels, *shape)
+        kernels = self.constant(kernels) if isinstance(kernels, Tensor) else kernels
+        if module.groups == 1:
+            return self.opset.convolution(x, kernels, *shape)
+        sizes = module.groups, module.out_channels // module.groups, *kernels.shape[1:]
+        return self.opset.group_convolution(x, self.opset.reshape(kernels, np.array(sizes), special_zero=False), *shape)
 
     def scaled(self, y: Any, module: Any) -> Any:
-        return y if module.scale is None else self.opset.multiply(y, self.constant(module.scale.reshape(1, -1, 1, 1)))
+        """Times the scale, plus the bias, of a frozen layer."""
+        if module.scale is not None:
+            y = self.opset.multiply(y, self.constant(module.scale.reshape(1, -1, 1, 1)))
+        return self.shifted(y, module)
+
+    def shifted(self, y: Any, module: Any) -> Any:
+        return y if module.bias is None else self.opset.add(y, self.constant(module.bias.reshape(1, -1, 1, 1)))
 
     def modulated_kernels(self, module: Any) -> Any:
         """The kernels Q[h * K + k] = Ĉ[h] ∘ |M_k|, computed when the model is compiled."""
@@ -439,7 +447,7 @@ class _Graph:
             kernels = self.opset.gather(self.constant(module.values), codes, np.int64(0))
         kernels = self.opset.unsqueeze(kernels, np.int64(1))
         kernels = self.opset.multiply(kernels, self.constant(module.modulation[None, :, None]))
-        shape = (module.out_channels, module.in_channels, *module.kernel_size)
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
         return self.opset.reshape(kernels, np.array(shape), special_zero=False)
 
     # Pools and linear layers.
@@ -561,9 +569,10 @@ def _limits(thresholds: Tensor) -> Tensor:
 def _is_right(module: Any) -> bool:
     """Whether OpenVINO's binary convolution computes this layer for an input of signs.
 
-    For other input channels, and for wide kernels with a stride of 3, its results are wrong without a word.
+    It has no groups. For other input channels, and for wide kernels with a stride of 3, its results are wrong without
+    a word.
     """
-    if type(module) is not FrozenConv2d or module.levels != 2 or module.in_channels % 8:
+    if type(module) is not FrozenConv2d or module.levels != 2 or module.groups > 1 or module.in_channels % 8:
         return False
     pads = [pad for side in _pads(module) for pad in side]
     return max(module.kernel_size) <= 3 and max(module.stride) <= 2 and max(pads) <= 1 and module.dilation == (1, 1)

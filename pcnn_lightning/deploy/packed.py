@@ -168,10 +168,10 @@ def _skeleton(description: Description) -> Network:
     one_bit = description.stage != "full_precision"
     layer = FAMILIES[description.family].layer
 
-    def convolution(*shape: Any, planes: int = description.planes) -> nn.Module:
+    def convolution(*shape: Any, planes: int = description.planes, **own: Any) -> nn.Module:
         if one_bit:
-            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **description.layer)
-        return nn.Conv2d(*shape, bias=False)  # type: ignore[misc]  # shape has at most five sizes
+            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **(description.layer | own))
+        return nn.Conv2d(*shape, **{"bias": False, **own})
 
     try:
         with torch.device("meta"):

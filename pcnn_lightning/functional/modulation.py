@@ -3,8 +3,9 @@ r"""Modulated convolutional networks (MCN).
 Wang et al., "Modulated Convolutional Networks", CVPR 2018,
 https://openaccess.thecvf.com/content_cvpr_2018/html/Wang_Modulated_Convolutional_Networks_CVPR_2018_paper.html.
 
-Shapes, with O = out_channels / K: the latent kernels ``weight`` C are (O, in, kh, kw), the M-Filters ``modulation`` M
-are (K, kh, kw) and the modulated kernels Q are (O * K, in, kh, kw) with ``Q[h * K + k] = Ĉ[h] ∘ |M_k|``.
+Shapes, with O = out_channels / K and in = in_channels / groups: the latent kernels ``weight`` C are (O, in, kh, kw),
+the M-Filters ``modulation`` M are (K, kh, kw) and the modulated kernels Q are (O * K, in, kh, kw) with
+``Q[h * K + k] = Ĉ[h] ∘ |M_k|``.
 """
 
 import torch

@@ -3,8 +3,9 @@ r"""Projection convolutional neural networks (PCNN).
 Gu et al., "Projection Convolutional Neural Networks for 1-bit CNNs via Discrete Back Propagation", AAAI 2019,
 https://arxiv.org/abs/1811.12755.
 
-Shapes, with O = out_channels / J: the latent kernels ``weight`` C are (O, in, kh, kw), the projection matrices
-``projection`` W are (J, kh, kw) and the quantized kernels D are (O * J, in, kh, kw) with ``D[o * J + j] = Ĉ_j[o]``.
+Shapes, with O = out_channels / J and in = in_channels / groups: the latent kernels ``weight`` C are (O, in, kh, kw),
+the projection matrices ``projection`` W are (J, kh, kw) and the quantized kernels D are (O * J, in, kh, kw) with
+``D[o * J + j] = Ĉ_j[o]``.
 """
 
 from typing import Any, Literal

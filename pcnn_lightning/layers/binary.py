@@ -23,14 +23,16 @@ class BinaryConv2d(QuantizedConv2d):
         stride: an integer or a pair.
         padding: an integer, a pair, ``"valid"`` or ``"same"``.
         dilation: an integer or a pair.
-        groups: must be 1; grouped 1-bit convolutions are not supported.
+        groups: number of groups that the channels are divided into; ``in_channels`` makes a depthwise convolution.
+        bias: whether to add a learned bias to the output.
         scaling: one scale a per output ``"channel"``, per ``"layer"``, or none (``"none"``).
         gradient: gradient of the sign: ``"clip"`` where abs(C) <= 1, ``"identity"``, or ``"scaled"``: a times that of
             ``"clip"``.
         normalization: ``"center"`` or ``"standardize"`` each filter before its sign is taken, or ``"none"``.
 
     Attributes:
-        weight: C, (out_channels, in_channels, kh, kw).
+        weight: C, (out_channels, in_channels / groups, kh, kw).
+        bias: (out_channels,), at first 0; None without a bias.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
@@ -52,12 +54,13 @@ class BinaryConv2d(QuantizedConv2d):
         padding: int | Padding = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
+        bias: bool = False,
         *,
         scaling: Scaling = "channel",
         gradient: WeightGradient = "clip",
         normalization: Normalization = "none",
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         check_choice("scaling", scaling, get_args(Scaling))
         check_choice("gradient", gradient, get_args(WeightGradient))
         check_choice("normalization", normalization, get_args(Normalization))

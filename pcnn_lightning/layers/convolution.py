@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcnn_lightning.checks import check_choice, check_integer, pair_of
+from pcnn_lightning.checks import check_bool, check_choice, check_integer, pair_of
 
 Padding = tuple[int, int] | Literal["valid", "same"]
 Scaling = Literal["layer", "channel", "none"]
@@ -22,7 +22,7 @@ class Storage(NamedTuple):
 
 
 class Convolution2d(nn.Module):
-    """Shape and arguments of a convolution without bias and groups, shared by trained and frozen layers.
+    """Shape and arguments of a convolution, shared by trained and frozen layers.
 
     Args:
         in_channels: number of channels of the input.
@@ -31,10 +31,17 @@ class Convolution2d(nn.Module):
         stride: an integer or a pair.
         padding: an integer, a pair, ``"valid"`` or ``"same"``; the input is padded with zeros, also if it holds signs.
         dilation: an integer or a pair.
+        groups: number of groups that the channels are divided into, a divisor of ``in_channels`` and ``out_channels``.
+        bias: whether to add a bias to the output.
+
+    Attributes:
+        bias: (out_channels,), at first 0; None without a bias.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -44,6 +51,8 @@ class Convolution2d(nn.Module):
         stride: int | tuple[int, int] = 1,
         padding: int | Padding = 0,
         dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -58,21 +67,44 @@ class Convolution2d(nn.Module):
             self.padding: Padding = padding
         else:
             self.padding = pair_of("padding", padding, 0)
+        check_integer("groups", groups, 1)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels={in_channels} and out_channels={out_channels}, but got {groups}"
+            )
+        self.groups = groups
+        check_bool("bias", bias)
+        self.register_buffer("bias", torch.zeros(out_channels) if bias else None)
 
     @property
-    def shape(self) -> tuple[int, int, tuple[int, int], tuple[int, int], Padding, tuple[int, int]]:
+    def shape(self) -> tuple[int, int, tuple[int, int], tuple[int, int], Padding, tuple[int, int], int, bool]:
         """The arguments above, in their order."""
-        return self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
+        sizes = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
+        return *sizes, self.groups, self.bias is not None
 
-    def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
-        """Convolve (B, in_channels, H, W) with ``kernels`` (out_channels, in_channels, kh, kw)."""
-        return F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
+    @property
+    def groups_and_bias(self) -> dict[str, int]:
+        """``groups`` and ``bias``, each unless it is the default."""
+        return ({"groups": self.groups} if self.groups > 1 else {}) | ({} if self.bias is None else {"bias": True})
+
+    def convolve(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve (B, in_channels, H, W) with ``kernels`` (out_channels, in_channels / groups, kh, kw)."""
+        return F.conv2d(x, kernels, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def convolve_scaled(self, x: Tensor, signs: Tensor, scale: Tensor | None) -> Tensor:
+        """Convolve with signs, then multiply by the scale, then add the bias.
+
+        Sums of signs are whole numbers, exact in any order, so that every runtime gets the same bits.
+        """
+        y = self.convolve(x, signs)
+        y = y if scale is None else y * scale
+        return y if self.bias is None else y + self.bias[:, None, None]
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}"
-        )
+        ) + "".join(f", {name}={value}" for name, value in self.groups_and_bias.items())
 
 
 class QuantizedConv2d(Convolution2d):
@@ -84,16 +116,19 @@ class QuantizedConv2d(Convolution2d):
 
     Args:
         in_channels: number of channels of the input.
-        out_channels: number of channels of the output, a multiple of ``planes``.
+        out_channels: number of channels of the output, a multiple of ``groups * planes``.
         kernel_size: an integer or a pair.
         stride: an integer or a pair.
         padding: an integer, a pair, ``"valid"`` or ``"same"``.
         dilation: an integer or a pair.
-        groups: must be 1; grouped 1-bit convolutions are not supported.
-        planes: number of kernels made from each latent one.
+        groups: number of groups that the channels are divided into; ``in_channels`` makes a depthwise convolution.
+        bias: whether to add a learned bias to the output.
+        planes: number of kernels made from each latent one. They yield adjacent output channels, so it must divide
+            ``out_channels / groups`` for all of them to convolve the same input channels.
 
     Attributes:
-        weight: C, (out_channels / planes, in_channels, kh, kw).
+        weight: C, (out_channels / planes, in_channels / groups, kh, kw).
+        bias: (out_channels,), at first 0; None without a bias.
         stage: the stage that the layer is in, one of :attr:`stages`.
 
     Raises:
@@ -124,27 +159,31 @@ class QuantizedConv2d(Convolution2d):
         padding: int | Padding = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
+        bias: bool = False,
         *,
         planes: int = 1,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         check_integer(self.planes_name, planes, 1)
-        if out_channels % planes:
-            raise ValueError(f"{self.planes_name} must divide out_channels={out_channels}, but got {planes}")
-        if groups != 1 or isinstance(groups, bool):
-            raise ValueError(f"groups must be 1 (grouped 1-bit convolutions are not supported), but got {groups!r}")
+        if out_channels // groups % planes:
+            outputs = f"out_channels={out_channels}" + (f" / groups={groups}" if groups > 1 else "")
+            raise ValueError(f"{self.planes_name} must divide {outputs}, but got {planes}")
         self.planes, self.stage = planes, self.stages[-1]
-        self.weight = nn.Parameter(torch.empty(out_channels // planes, in_channels, *self.kernel_size))
+        self.weight = nn.Parameter(torch.empty(out_channels // planes, in_channels // groups, *self.kernel_size))
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias)
         self._loss_of_forward: tuple[Tensor | None, tuple[Tensor | None, ...]] | None = None  # and its parameters
         nn.init.kaiming_normal_(self.weight)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters again: C as He et al., for the fan-in of the kernels that convolve."""
+        """Draw all parameters again: C as He et al., for the fan-in of the kernels that convolve; the bias is 0."""
         nn.init.kaiming_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @abstractmethod
     def quantize(self) -> tuple[Tensor, Tensor | None]:
-        """The kernels to convolve with, (out_channels, in_channels, kh, kw), and the weighted quantization loss."""
+        """The kernels to convolve with, (out_channels, in_channels / groups, kh, kw), and the weighted loss."""
         raise NotImplementedError(f"{type(self).__name__} must implement quantize()")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,10 +202,9 @@ class QuantizedConv2d(Convolution2d):
             # Kept for quantization_loss(): its gradient may need what flows back through these very kernels.
             self._loss_of_forward = (loss, self._own_parameters())
         if self.training or not self.convolves_signs:
-            return self.convolve(x, kernels)
-        # Sums of signs are whole numbers, exact in any order, so that every runtime gets the same bits.
+            return self.convolve(x, kernels, self.bias)
         scale = self._scale_of(kernels)
-        return self.convolve(x, kernels / scale) * scale[:, 0]
+        return self.convolve_scaled(x, kernels / scale, scale[:, 0])
 
     @property
     def couples_gradients(self) -> bool:
@@ -175,7 +213,7 @@ class QuantizedConv2d(Convolution2d):
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
-        """The kernels that convolve, (out_channels, in_channels, kh, kw), detached."""
+        """The kernels that convolve, (out_channels, in_channels / groups, kh, kw), detached."""
         return self.quantize()[0]
 
     def quantization_loss(self) -> Tensor | None:
@@ -228,6 +266,7 @@ class QuantizedConv2d(Convolution2d):
         layer.signs = signs.to(torch.int8)
         if layer.scale is not None:
             layer.scale = _largest(kernels, self.scaling).reshape(layer.scale.shape)
+        layer.bias = None if self.bias is None else self.bias.clone()
         return layer
 
     def storage(self) -> Storage:
@@ -288,7 +327,7 @@ class QuantizedConv2d(Convolution2d):
 
 
 class FrozenConv2d(Convolution2d):
-    """A 1-bit convolution for inference: ``conv2d(x, signs) * scale``. It has buffers only, and no parameters.
+    """A 1-bit convolution for inference: ``conv2d(x, signs) * scale + bias``. It has buffers only, and no parameters.
 
     It sums signs and multiplies by the scale once, as trained layers do in evaluation mode. Sums of signs are whole
     numbers and exact in any order: convolution and popcount yield the same bits.
@@ -300,10 +339,11 @@ class FrozenConv2d(Convolution2d):
     The other arguments are those of :class:`Convolution2d`.
 
     Attributes:
-        signs: (out_channels, in_channels, kh, kw) int8.
+        signs: (out_channels, in_channels / groups, kh, kw) int8.
         scale: a scalar, or (out_channels, 1, 1), or None.
         symbols: the values that an element of the int8 buffer can have, in the order of their codes in packed files.
-        options: keyword arguments of :meth:`QuantizedConv2d.empty_frozen`, apart from ``stage`` and ``planes``.
+        options: keyword arguments of :meth:`QuantizedConv2d.empty_frozen`, apart from those of :class:`Convolution2d`,
+            ``stage`` and ``planes``.
     """
 
     symbols: range
@@ -318,7 +358,7 @@ class FrozenConv2d(Convolution2d):
         self.levels: int | None = levels
         self.options: dict[str, Any] = {"scaling": scaling}
         self.symbols = range(-1, 2, 2) if levels == 2 else range(-1, 2)
-        signs = torch.ones(self.out_channels, self.in_channels, *self.kernel_size, dtype=torch.int8)
+        signs = torch.ones(self.out_channels, self.in_channels // self.groups, *self.kernel_size, dtype=torch.int8)
         scale = torch.ones((self.out_channels, 1, 1) if scaling == "channel" else ())
         self.register_buffer("signs", signs)
         self.register_buffer("scale", None if scaling == "none" else scale)
@@ -326,11 +366,10 @@ class FrozenConv2d(Convolution2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, in_channels, H, W)."""
         assert self.signs is not None
-        sums = self.convolve(x, self.signs.to(x.dtype))
-        return sums if self.scale is None else sums * self.scale
+        return self.convolve_scaled(x, self.signs.to(x.dtype), self.scale)
 
     def quantized_weight(self) -> Tensor:
-        """The kernels that convolve, (out_channels, in_channels, kh, kw)."""
+        """The kernels that convolve, (out_channels, in_channels / groups, kh, kw)."""
         assert self.signs is not None
         if self.scale is None:
             return self.signs.float()

@@ -20,13 +20,15 @@ class ModulatedConv2d(QuantizedConv2d):
 
     Args:
         in_channels: number of channels of the input.
-        out_channels: number of channels of the output, a multiple of ``planes``.
+        out_channels: number of channels of the output, a multiple of ``groups * planes``.
         kernel_size: an integer or a pair.
         stride: an integer or a pair.
         padding: an integer, a pair, ``"valid"`` or ``"same"``.
         dilation: an integer or a pair.
-        groups: must be 1; grouped 1-bit convolutions are not supported.
-        planes: K, number of M-Filters that modulate each kernel.
+        groups: number of groups that the channels are divided into; ``in_channels`` makes a depthwise convolution.
+        bias: whether to add a learned bias to the output.
+        planes: K, number of M-Filters that modulate each kernel. The K kernels made from one yield adjacent output
+            channels, so K must divide ``out_channels / groups`` for all of them to convolve the same input channels.
         average: MCN-1: each M-Filter acts by the mean of its absolute values, one number per plane.
         levels: U, number of values that a kernel has before modulation: 2 for ±a, 3 or 4 for k-means centers, which
             change only in :meth:`refresh_centers`.
@@ -38,7 +40,8 @@ class ModulatedConv2d(QuantizedConv2d):
             (``"ones"``; all planes then stay equal as long as the layers behind them treat them alike).
 
     Attributes:
-        weight: C, (out_channels / K, in_channels, kh, kw).
+        weight: C, (out_channels / K, in_channels / groups, kh, kw).
+        bias: (out_channels,), at first 0; None without a bias.
         modulation: M, (K, kh, kw). Only \|M\| is ever used.
         centers: the k-means centers (U,) in ascending order; None for two levels.
 
@@ -70,6 +73,7 @@ class ModulatedConv2d(QuantizedConv2d):
         padding: int | Padding = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
+        bias: bool = False,
         *,
         planes: int = 4,
         average: bool = False,
@@ -80,7 +84,7 @@ class ModulatedConv2d(QuantizedConv2d):
         modulation_init: ModulationInit = "normal",
     ) -> None:
         self.stages = ("binary",) if binarize else ("real",)
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, planes=planes)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, planes=planes)
         if levels not in (2, 3, 4):
             raise ValueError(f"levels must be 2, 3 or 4, but got {levels!r}")
         check_number("filter_loss_weight", filter_loss_weight, 0)
@@ -168,6 +172,7 @@ class ModulatedConv2d(QuantizedConv2d):
             layer.codes = torch.bucketize(kernels, self.centers).to(torch.int8)
         else:
             layer.kernels = kernels
+        layer.bias = None if self.bias is None else self.bias.clone()
         layer.modulation = self.filters()
         return layer
 
@@ -179,7 +184,7 @@ class ModulatedConv2d(QuantizedConv2d):
 
 
 class FrozenModulatedConv2d(FrozenConv2d):
-    r"""A modulated convolution for inference: ``conv2d(x, Q)`` with Q[h * K + k] = Ĉ[h] ∘ \|M_k\|.
+    r"""A modulated convolution for inference: ``conv2d(x, Q) + bias`` with Q[h * K + k] = Ĉ[h] ∘ \|M_k\|.
 
     Q has K times the elements of Ĉ and is computed in each forward pass.
 
@@ -191,7 +196,7 @@ class FrozenModulatedConv2d(FrozenConv2d):
     The other arguments and attributes are those of :class:`FrozenConv2d`.
 
     Attributes:
-        signs: signs of Ĉ, (out_channels / K, in_channels, kh, kw) int8, if U = 2, else None.
+        signs: signs of Ĉ, (out_channels / K, in_channels / groups, kh, kw) int8, if U = 2, else None.
         scale: a, a scalar, if U = 2, else None.
         codes: index into ``values`` of each element of Ĉ, shaped like ``signs``, int8, if U = 3 or 4, else None.
         values: the k-means centers, (U,), if U = 3 or 4, else None.
@@ -215,7 +220,7 @@ class FrozenModulatedConv2d(FrozenConv2d):
         self.options = {"average": average, "levels": levels}
         self.planes, self.levels = planes, levels
         self.symbols = range(-1, 2, 2) if levels == 2 else range(levels or 0)
-        kernels = (self.out_channels // planes, self.in_channels, *self.kernel_size)
+        kernels = (self.out_channels // planes, self.in_channels // self.groups, *self.kernel_size)
         self.register_buffer("signs", torch.ones(kernels, dtype=torch.int8) if levels == 2 else None)
         self.register_buffer("scale", torch.ones(()) if levels == 2 else None)
         self.register_buffer("codes", torch.zeros(kernels, dtype=torch.int8) if levels in (3, 4) else None)
@@ -224,10 +229,10 @@ class FrozenModulatedConv2d(FrozenConv2d):
         self.register_buffer("modulation", torch.ones(planes, *((1, 1) if average else self.kernel_size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.quantized_weight())
+        return self.convolve(x, self.quantized_weight(), self.bias)
 
     def quantized_kernels(self) -> Tensor:
-        """Ĉ, (out_channels / K, in_channels, kh, kw)."""
+        """Ĉ, (out_channels / K, in_channels / groups, kh, kw)."""
         if self.signs is not None and self.scale is not None:
             return self.signs.to(self.scale.dtype) * self.scale
         if self.codes is not None and self.values is not None:

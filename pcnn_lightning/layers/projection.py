@@ -21,13 +21,15 @@ class ProjectionConv2d(QuantizedConv2d):
 
     Args:
         in_channels: number of channels of the input.
-        out_channels: number of channels of the output, a multiple of ``projections``.
+        out_channels: number of channels of the output, a multiple of ``groups * projections``.
         kernel_size: an integer or a pair.
         stride: an integer or a pair.
         padding: an integer, a pair, ``"valid"`` or ``"same"``.
         dilation: an integer or a pair.
-        groups: must be 1; grouped 1-bit convolutions are not supported.
-        projections: J, number of projections of each kernel.
+        groups: number of groups that the channels are divided into; ``in_channels`` makes a depthwise convolution.
+        bias: whether to add a learned bias to the output.
+        projections: J, number of projections of each kernel. The J kernels made from one yield adjacent output
+            channels, so J must divide ``out_channels / groups`` for all of them to convolve the same input channels.
         stage: ``"binary"`` or ``"ternary"``; :meth:`set_stage` changes it.
         sigma: σ; in the ternary stage, elements of at most σ · mean|C| become zero.
         projection_loss_weight: λ of :meth:`quantization_loss` (3.42).
@@ -40,7 +42,8 @@ class ProjectionConv2d(QuantizedConv2d):
             whose W has the opposite sign of the mean points uphill.
 
     Attributes:
-        weight: C, (out_channels / J, in_channels, kh, kw).
+        weight: C, (out_channels / J, in_channels / groups, kh, kw).
+        bias: (out_channels,), at first 0; None without a bias.
         projection: W, (J, kh, kw).
 
     Raises:
@@ -74,6 +77,7 @@ class ProjectionConv2d(QuantizedConv2d):
         padding: int | Padding = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
+        bias: bool = False,
         *,
         projections: int = 1,
         stage: Literal["ternary", "binary"] = "binary",
@@ -83,7 +87,9 @@ class ProjectionConv2d(QuantizedConv2d):
         projection_forward: ProjectionForward | None = None,
         projection_init: ProjectionInit | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, planes=projections)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, planes=projections
+        )
         check_positive("sigma", sigma)
         check_number("projection_loss_weight", projection_loss_weight, 0)
         check_number("eta", eta, 0)

@@ -51,8 +51,8 @@ class BNN(OneBitClassifier):
 
         options = {"scaling": scaling, "gradient": weight_gradient, "normalization": normalization}
 
-        def convolution(*shape: int, planes: int = 1, **others: Any) -> BinaryConv2d:
-            return BinaryConv2d(*shape, **{**options, **others})
+        def convolution(*shape: Any, planes: int = 1, **own: Any) -> BinaryConv2d:
+            return BinaryConv2d(*shape, **(options | own))
 
         self.build_network(
             convolution, partial(SignActivation, activation_gradient) if sign_activations else nn.Identity

@@ -512,7 +512,15 @@ class OneBitClassifier(LightningModule):
 
 
 def plain_convolution(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, *, planes: int = 1
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int = 0,
+    *,
+    planes: int = 1,
+    groups: int = 1,
+    bias: bool = False,
 ) -> nn.Conv2d:
     """An ordinary convolution in place of a 1-bit layer of any number of planes."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)

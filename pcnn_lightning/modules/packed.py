@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pcnn_lightning.backbones.blocks import Network
 from pcnn_lightning.deploy import Description, PackedNetwork, compile_openvino, load_packed
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.layers import SignActivation
+from pcnn_lightning.layers import QuantizedConv2d, SignActivation
 from pcnn_lightning.modules.classifier import OneBitClassifier
 
 NAMES_LIMIT = 2000
@@ -114,7 +114,6 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
     names = getattr(data, "classes", None)
     if len(json.dumps(json.dumps(names))) > NAMES_LIMIT:  # packed files hold JSON within JSON
         names = None
-    layers = list(model.one_bit_layers.values())
     return Description(
         family=model.family,
         stage=model.stage,
@@ -127,6 +126,14 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
         widths=model.hparams["widths"],
         planes=model.planes,
         sign_activations=any(isinstance(module, SignActivation) for module in model.net.modules()),
-        layer=layers[0].frozen().options if layers else {},
+        layer=_layer_options(list(model.one_bit_layers.values())),
         class_names=names,
     )
+
+
+def _layer_options(layers: list[QuantizedConv2d]) -> dict[str, Any]:
+    """The options of all frozen layers; groups and biases that only some of them have come from the backbone."""
+    if not layers:
+        return {}
+    shared = set.intersection(*(set(layer.groups_and_bias.items()) for layer in layers))
+    return layers[0].frozen().options | dict(sorted(shared))

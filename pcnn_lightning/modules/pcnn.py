@@ -59,8 +59,8 @@ class PCNN(TwoRateClassifier):
         names = ("sigma", "projection_loss_weight", "eta", "projection_forward", "projection_init")
         options = {name: self.hparams[name] for name in names}
 
-        def convolution(*shape: int, planes: int = projections, **others: Any) -> ProjectionConv2d:
-            return ProjectionConv2d(*shape, **{**options, "projections": planes, **others})
+        def convolution(*shape: Any, planes: int = projections, **own: Any) -> ProjectionConv2d:
+            return ProjectionConv2d(*shape, **({**options, "projections": planes} | own))
 
         self.build_network(convolution, partial(SignActivation, activation_gradient), projections)
         if self.one_bit_layers:

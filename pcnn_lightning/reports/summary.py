@@ -227,7 +227,8 @@ def _values(module: nn.Module) -> int:
 def _stored(module: nn.Module) -> tuple[int, int, int, int]:
     """Parameters of a module without children: at inference at 1, 2 and 32 bits, and of its twin at 32 bits."""
     if isinstance(module, QuantizedConv2d):
-        return *module.storage(), module.out_channels * module.weight[0].numel()
+        bias = 0 if module.bias is None else module.bias.numel()
+        return *module.storage(), module.out_channels * module.weight[0].numel() + bias
     stored = 2 * module.num_features if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) else _values(module)
     return 0, 0, stored, stored
 

@@ -1,17 +1,15 @@
 """OpenVINO computes each layer as the frozen network does."""
 
 import re
-from collections import OrderedDict
-from types import SimpleNamespace
 
 import pytest
 import torch
 from agreement import logits_of, smallest_signed
-from openvino_networks import agree, binary_convolutions, raw_images
+from openvino_networks import agree, binary_convolutions, layers_of, raw_images
 from torch import nn
 
 from pcnn_lightning.backbones.mcn import PlaneConv, RepeatChannels, WholeMaxPool
-from pcnn_lightning.deploy import Description, PackedNetwork, compile_openvino, freeze
+from pcnn_lightning.deploy import compile_openvino
 from pcnn_lightning.deploy.openvino import to_openvino
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, SignActivation
@@ -22,27 +20,6 @@ pytest.importorskip("openvino")
 
 def name_of(layers):
     return re.sub(r"\s+", "", ",".join(map(repr, layers)))
-
-
-def layers_of(*layers, shape, seed=0):
-    """A packed network of a few layers with random numbers, whose logits are all outputs of the last one."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in nn.Sequential(*layers).modules():
-        for values in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if values.dtype == torch.int8:
-                places = torch.randint(len(module.symbols), values.shape, generator=generator)
-                values.copy_(places * module.symbols.step + module.symbols.start)
-            else:
-                values.data.normal_(generator=generator)
-    features = freeze(nn.Sequential(OrderedDict(zip("abcdefgh", layers, strict=False))))
-    with torch.no_grad():
-        count = features(torch.zeros(1, *shape)).numel()
-    network = SimpleNamespace(features=features, classifier=nn.Flatten())
-    fields = {"mean": (0.5,) * shape[0], "std": (0.25,) * shape[0], "image_size": shape[1:], "in_channels": shape[0]}
-    description = Description(
-        family="PCNN", stage="binary", backbone="wrn7", num_classes=count, layer={"scaling": "layer"}, **fields
-    )
-    return PackedNetwork(network, description).eval()
 
 
 def binary_layers(in_channels, out_channels, size=(6, 7), **arguments):
@@ -79,6 +56,10 @@ def test_sums_of_any_number_of_channels_are_exact(in_channels, out_channels):
         ({"kernel_size": 5, "stride": 3, "padding": 2}, False),
         ({"levels": 3}, False),
         ({"levels": 3, "stride": 2}, False),
+        ({"bias": True}, True),
+        ({"groups": 2}, False),
+        ({"groups": 8, "levels": 3}, False),
+        ({"groups": 4, "padding": "same", "dilation": 2, "bias": True}, False),
     ],
     ids=str,
 )
@@ -212,6 +193,8 @@ OTHERS = [
     (PlaneConv(8, 12, lambda *shape, planes: FrozenModulatedConv2d(*shape, planes=1), 1, 4),),
     *((FrozenModulatedConv2d(8, 12, 3, 1, 1, planes=4, levels=levels),) for levels in (2, 3, 4, None)),
     (FrozenModulatedConv2d(8, 12, 3, 2, planes=2, average=True),),
+    (FrozenConv2d(8, 16, (3, 2), padding="same", groups=8, bias=True, scaling="channel"),),
+    (FrozenModulatedConv2d(8, 12, (2, 3), dilation=2, groups=2, bias=True, planes=3),),
 ]
 
 

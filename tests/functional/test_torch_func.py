@@ -30,6 +30,7 @@ LAYERS = {
     "MCN": lambda: ModulatedConv2d(3, 4, 3, planes=2, filter_loss_weight=0.3),
     "MCN, four levels": lambda: ModulatedConv2d(3, 4, 3, levels=4, filter_loss_weight=0.3),
     "BNN": lambda: BinaryConv2d(3, 4, 3),
+    "BNN, depthwise": lambda: BinaryConv2d(3, 6, 3, groups=3, bias=True),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -134,7 +135,7 @@ def test_an_ensemble_is_its_members(name):
     torch.testing.assert_close(results, torch.stack([member(x) for member in members]), **CLOSE)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "BNN"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("BNN")])
 def test_a_transform_leaves_no_loss_behind(name):
     """What it computed is of other parameters, or of a transform that is over."""
     layer, x = make(name).layer, drawn(2, 3, 5, 5)

@@ -85,6 +85,11 @@ LAYERS = {
     "projection, ternary": lambda: ProjectionConv2d(3, 8, 3, projections=4, stage="ternary"),
     "projection, η": lambda: ProjectionConv2d(3, 8, 3, projections=4, projection_loss_weight=0.1, eta=0.5),
     "modulated": lambda: ModulatedConv2d(3, 8, 3, planes=4),
+    "plain, depthwise": lambda: Plain(3, 6, 3, groups=3, bias=True),
+    "projection, depthwise, η": lambda: ProjectionConv2d(
+        3, 12, 3, groups=3, bias=True, projections=2, projection_loss_weight=0.1, eta=0.5
+    ),
+    "modulated, depthwise": lambda: ModulatedConv2d(3, 12, 3, groups=3, bias=True, planes=4),
 }
 
 

@@ -27,7 +27,7 @@ def test_the_table_has_every_number(kind):
     """All that is left are choices of strings, and yes or no."""
     others = set(inspect.signature(kind.__init__).parameters) - NUMBERS[kind] - {"self"}
     assert all(
-        name.endswith(("stage", "forward", "init", "scaling", "gradient", "zation", "average", "binarize"))
+        name.endswith(("stage", "forward", "init", "scaling", "gradient", "zation", "average", "binarize", "bias"))
         for name in others
     )
 

@@ -230,7 +230,7 @@ def test_modulations_are_normal_by_default():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"groups": 2}, ["groups", "1", "2"]),
+        ({"groups": 2}, ["groups", "in_channels=3", "out_channels=8", "2"]),
         ({"out_channels": 6, "planes": 4}, ["planes", "out_channels=6", "4"]),
         ({"planes": 0}, ["planes", "0", "at least 1"]),
         ({"planes": -4}, ["planes", "-4", "at least 1"]),

@@ -277,7 +277,7 @@ def test_reset_projection_is_the_same_for_the_same_generator(projection_init):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"groups": 2}, ["groups", "1", "2"]),
+        ({"groups": 2}, ["groups", "in_channels=3", "out_channels=8", "2"]),
         ({"out_channels": 6, "projections": 4}, ["projections", "out_channels=6", "4"]),
         ({"projections": 0}, ["projections", "0", "at least 1"]),
         ({"in_channels": 0}, ["in_channels", "0", "at least 1"]),

@@ -1,5 +1,7 @@
 """The two parameter groups of the optimizer."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -8,6 +10,7 @@ from tiny import fit, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import OneBitClassifier, ProjectionConv2d
 from pcnn_lightning.backbones import BACKBONES
+from pcnn_lightning.modules.second_rate import TwoRateClassifier
 
 
 def groups(model):
@@ -31,6 +34,24 @@ def test_groups_are_disjoint_and_complete(backbone, family, arguments):
     by_name = {id(p) for name, p in model.named_parameters() if name.endswith(f".{family}")}
     assert {id(p) for p in found.get(second, {"params": []})["params"]} == by_name
     assert [group["lr"] for group in found.values()] == [0.3, 0.02][: len(found)]
+
+
+class Grouped(TwoRateClassifier):
+    family = "PCNN"
+
+    def __init__(self, **others):
+        super().__init__(**others)
+        self.build_network(partial(ProjectionConv2d, groups=2, bias=True))
+
+
+def test_biases_are_learned_with_the_kernels():
+    model = Grouped(in_channels=1, backbone="wrn7", widths=[2, 2, 4, 4], schedule="constant", eta1=0.05)
+    found, layers = groups(model), list(model.one_bit_layers.values())
+    assert len(layers) == 3
+    members = {id(parameter): group["name"] for group in found.values() for parameter in group["params"]}
+    assert {members[id(layer.bias)] for layer in layers} == {"kernels"}
+    fit(model)
+    assert all(layer.bias.any() for layer in layers)
 
 
 def test_projections_have_no_weight_decay_by_default():

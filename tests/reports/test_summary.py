@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcnn_lightning.backbones import BACKBONES
-from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, QuantizedConv2d, SignActivation
+from pcnn_lightning.layers import BinaryConv2d, ModulatedConv2d, ProjectionConv2d, QuantizedConv2d, SignActivation
 from pcnn_lightning.reports.summary import summarize
 
 
@@ -197,6 +197,24 @@ def test_a_convolution_multiplies_for_each_element_of_its_output(arguments, heig
         row = only(layer, (4, 9, 6))
         assert row.output_shape == (6, height, width)
         assert counts(row)[3:] == (0, kernel * 6 * height * width)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_groups_divide_weights_and_multiplications_and_a_bias_adds_numbers(groups):
+    weights = 16 * (8 // groups) * 9
+    given = {"padding": 1, "groups": groups, "bias": True}
+    layers = {  # with parameters at 1 bit and at 32 bits, and those of training
+        BinaryConv2d(8, 16, 3, **given): (weights, 16 + 16, weights + 16),
+        ProjectionConv2d(8, 16, 3, projections=2, **given): (weights, 1 + 16, weights // 2 + 2 * 9 + 16),
+        ModulatedConv2d(8, 16, 3, planes=2, **given): (weights // 2, 1 + 2 * 9 + 16, weights // 2 + 2 * 9 + 16),
+    }
+    for layer, (bits, numbers, training) in layers.items():
+        (row,) = summarize(nn.Sequential(SignActivation(), layer), (8, 5, 4)).layers
+        macs = (weights * 20, 0) if layer.convolves_signs else (0, weights * 20)
+        assert counts(row) == (bits, 0, numbers, *macs)
+        assert (row.parameters_twin, row.values_training) == (weights + 16, training)
+    twin = only(nn.Conv2d(8, 16, 3, **given), (8, 5, 4))
+    assert (twin.parameters_twin, twin.macs_32bit) == (weights + 16, weights * 20)
 
 
 def test_reused_and_unused_layers():

@@ -233,7 +233,7 @@ class _Translation:
         size, own_stride, padding = _square(one, layer)
         stride = own_stride if stride is None else stride
         source, finish = one.inputs[0], _finish_of(one.name, layer)
-        if type(layer) is FrozenConv2d and self.is_sign(source):
+        if type(layer) is FrozenConv2d and layer.groups == 1 and self.is_sign(source):
             self.follow(finish)
             image = self.bits_of(source)
             _, norm = self.before_sign(source)
@@ -376,12 +376,9 @@ class _Translation:
 
 
 def _finish_of(name: str, layer: _Convolution) -> _Finish:
-    """What belongs to a convolution itself: its scale or bias."""
+    """What belongs to a convolution itself: its scale, unless its weights have it, and its bias."""
     finish = _Finish(name, layer.out_channels)
-    if isinstance(layer, nn.Conv2d):
-        finish.multiply_add(None, layer.bias)
-    elif type(layer) is FrozenConv2d:
-        finish.multiply_add(layer.scale, None)
+    finish.multiply_add(layer.scale if type(layer) is FrozenConv2d else None, layer.bias)
     return finish
 
 

@@ -52,21 +52,21 @@ def sign_weights(layer: FrozenConv2d, falls: Tensor) -> Words:
 
 def number_weights(layer: nn.Conv2d | FrozenConv2d) -> dict[str, Field]:
     """Kernels for ``convolve.c``: floats, or codes of one or two bits and what they stand for."""
-    fields: dict[str, Field] = {"groups": 1, "planes": 1}
+    fields: dict[str, Field] = {"groups": layer.groups, "planes": 1}
     if isinstance(layer, nn.Conv2d):
-        return fields | {"groups": layer.groups, "weights": array(_by_tap(layer.weight, layer.groups))}
+        return fields | {"weights": array(_by_tap(layer.weight, layer.groups))}
     codes, values = layer.signs, array(torch.tensor(layer.symbols))
     if type(layer) is FrozenModulatedConv2d:
         modulation = layer.modulation if layer.scale is None else layer.modulation * layer.scale
         taps = modulation.expand(-1, *layer.kernel_size).permute(1, 2, 0)
         fields |= {"planes": layer.planes, "modulation": array(taps)}
         if layer.kernels is not None:
-            return fields | {"weights": array(_by_tap(layer.kernels))}
+            return fields | {"weights": array(_by_tap(layer.kernels, layer.groups))}
         if layer.codes is not None:
             codes, values = layer.codes, array(layer.values)
     assert codes is not None
     width = 1 if len(layer.symbols) == 2 else 2
-    places = (_by_tap(codes).numpy() - layer.symbols.start) // layer.symbols.step
+    places = (_by_tap(codes, layer.groups).numpy() - layer.symbols.start) // layer.symbols.step
     bits = places[..., None] >> np.arange(width) & 1  # the lowest bit of each code first
     rows = np.packbits(bits.reshape(*bits.shape[:-2], -1).astype(bool), axis=-1, bitorder="little")
     return fields | {"codes": rows, "bits": width, "values": values}
@@ -83,8 +83,8 @@ def linear_weights(layer: nn.Linear, shape: tuple[int, int, int]) -> dict[str, F
     return {"groups": 1, "planes": 1, "weights": array(rows.flatten(0, 2))}
 
 
-def _by_tap(kernels: Tensor, groups: int = 1) -> Tensor:
-    """(out_channels, in_channels / groups, kh, kw) → (groups, kh, kw, in_channels / groups, out_channels / groups)."""
+def _by_tap(kernels: Tensor, groups: int) -> Tensor:
+    """(maps, in_channels / groups, kh, kw) → (groups, kh, kw, in_channels / groups, maps / groups)."""
     return kernels.reshape(groups, -1, *kernels.shape[1:]).permute(0, 3, 4, 2, 1)
 
 

@@ -91,8 +91,8 @@ def _pass(module: nn.Module, x: Tensor, setting: Setting) -> Round:
 
 
 def _make(kind: Callable[..., nn.Module], layer: QuantizedConv2d, **options: Any) -> nn.Module:
-    shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    return kind(*shape, bias=False, **options)
+    *shape, groups, bias = layer.shape
+    return kind(*shape, groups=groups, bias=bias, **options)
 
 
 def _bitorch(layer: QuantizedConv2d) -> nn.Module:
