@@ -1,8 +1,8 @@
 """Networks of torchvision, of timm and of the user, as features and a linear classifier."""
 
 import importlib
-import inspect
 import urllib.error
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,15 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pcnn_lightning.backbones.blocks import Network
 from pcnn_lightning.checks import check_integer
-from pcnn_lightning.conversion.trace import trace
+from pcnn_lightning.conversion import ConversionReport, convert
+from pcnn_lightning.conversion.trace import evaluate, trace
 from pcnn_lightning.errors import InputError
 
 LIBRARIES = ("torchvision", "timm")
 """Libraries whose networks are named ``library/network``."""
 
 
-class SplitNetwork(nn.Module):
+class SplitNetwork(Network):
     """A network whose last layer is linear, as features and a classifier.
 
     Args:
@@ -33,35 +35,24 @@ class SplitNetwork(nn.Module):
         InputError: if the output of the last linear layer is not that of the network.
     """
 
+    features: nn.Module  # type: ignore[assignment]
+
     def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         linear = [one for one in trace(network, image_shape) if isinstance(one.module, nn.Linear) and one.calls]
         if not linear:
             raise InputError(f"{type(network).__name__} has no linear layer, whose input the features would be")
-        self.classifier = cast(nn.Linear, linear[-1].module)
-        image = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-        before = _evaluated(network, image)
-        _exchange(network, linear[-1].name, nn.Identity())
-        self.features = network
-        after = _evaluated(self, image)
-        if not isinstance(before, Tensor) or not torch.equal(before, after):
+        last = linear[-1]
+        image = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(last.module.weight)
+        before = evaluate(network, image)
+        _exchange(network, last.name, nn.Identity())
+        self.features, self.classifier = network, cast(nn.Linear, last.module)
+        after = evaluate(self, image)
+        same = isinstance(before, Tensor) and before.shape == after.shape
+        if not same or not (before.is_meta or torch.equal(before, after)):
             raise InputError(
-                f"the logits of {type(network).__name__} must be the output of its last linear layer, {linear[-1].name}"
+                f"the logits of {type(network).__name__} must be the output of its last linear layer, {last.name}"
             )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits (B, num_classes) of ``images`` (B, C, H, W)."""
-        logits: Tensor = self.classifier(self.features(images))
-        return logits
-
-
-@torch.no_grad()
-def _evaluated(network: nn.Module, image: Tensor) -> Any:
-    before = {module: module.training for module in network.modules()}
-    output = network.eval()(image)
-    for module, mode in before.items():
-        module.training = mode
-    return output
 
 
 def _exchange(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -107,9 +98,9 @@ def external_network(
     linear = next((one for one in reversed(layers) if isinstance(one.module, nn.Linear)), None)
     if convolution is None or linear is None:
         raise InputError(f"backbone: {name} needs a convolution and a linear layer")
-    if linear.module.out_features != num_classes:  # type: ignore[union-attr]
+    if linear.module.out_features != num_classes:
         has_bias = linear.module.bias is not None
-        _exchange(network, linear.name, nn.Linear(linear.module.in_features, num_classes, has_bias))  # type: ignore[union-attr, arg-type]
+        _exchange(network, linear.name, nn.Linear(linear.module.in_features, num_classes, has_bias))
     if small_images or in_channels != 3:
         _exchange(network, convolution.name, _stem(cast(nn.Conv2d, convolution.module), in_channels, small_images))
     if small_images:
@@ -120,9 +111,8 @@ def external_network(
 
 
 def _stem(old: nn.Conv2d, in_channels: int, small_images: bool) -> nn.Conv2d:
-    size, stride = ((3, 3), (1, 1)) if small_images else (old.kernel_size, old.stride)
-    padding = (1, 1) if small_images else old.padding
-    new = nn.Conv2d(in_channels, old.out_channels, size, stride, padding, bias=old.bias is not None)
+    size, stride, padding = ((3, 3), (1, 1), (1, 1)) if small_images else (old.kernel_size, old.stride, old.padding)
+    new = nn.Conv2d(in_channels, old.out_channels, size, stride, padding, bias=old.bias is not None)  # type: ignore[arg-type]
     if size == old.kernel_size:
         with torch.no_grad():  # the response to a gray image stays the same
             new.weight.copy_(old.weight.sum(dim=1, keepdim=True) / in_channels)
@@ -137,13 +127,13 @@ def _of_torchvision(name: str, pretrained: bool) -> nn.Module:
     if name not in models.list_models(module=models):
         raise InputError(f"backbone: torchvision has no {name}; it has {', '.join(models.list_models(module=models))}")
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
-    without = {"aux_logits": False} if "aux_logits" in inspect.signature(builder).parameters else {}
-    without |= {"init_weights": True} if "init_weights" in inspect.signature(builder).parameters else {}
     try:
-        network = builder(weights="DEFAULT") if pretrained else builder(weights=None, **without)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of GoogLeNet and Inception, about their initial weights
+            network = builder(weights="DEFAULT" if pretrained else None)
     except (urllib.error.URLError, OSError) as error:
         raise _no_download(f"torchvision/{name}", error) from error
-    if getattr(network, "aux_logits", False):  # pretrained weights come with auxiliary classifiers
+    if getattr(network, "aux_logits", False):  # auxiliary classifiers, whose logits would come as well
         network.aux_logits = False  # type: ignore[assignment]
         for part in ("aux1", "aux2", "AuxLogits"):
             if hasattr(network, part):
@@ -182,7 +172,7 @@ def _load(network: nn.Module, path: str) -> None:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state.get("state_dict", state))
@@ -205,3 +195,21 @@ def users_network(path: str, num_classes: int, in_channels: int) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise InputError(f"network: {path} must return a torch.nn.Module, but returned {type(network).__name__}")
     return network
+
+
+def converted_network(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    convolution: Callable[..., nn.Module] | None,
+    **options: Any,
+) -> tuple[SplitNetwork, ConversionReport | None]:
+    """Convert a network, unless ``convolution`` is None, and split it into features and classifier.
+
+    Args:
+        network: the network; it is changed.
+        image_shape: (C, H, W) of an image that it can process.
+        convolution: makes a 1-bit layer from the arguments of ``nn.Conv2d``.
+        options: other arguments of :func:`pcnn_lightning.conversion.convert`.
+    """
+    report = None if convolution is None else convert(network, convolution, image_shape=image_shape, **options)
+    return SplitNetwork(network, image_shape), report

@@ -128,7 +128,7 @@ def _obstacle(one: Traced) -> str | None:
         return "transposed"
     if not isinstance(module, nn.Conv2d):
         return f"{kind.__name__}, not Conv2d"
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+    if (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):  # type: ignore[union-attr]
         return f"{kind.__name__} has a forward method of its own"
     if hasattr(module, "parametrizations") or module._forward_pre_hooks or module._forward_hooks:
         return "its weight or output is computed by a parametrization or hook"
@@ -170,8 +170,9 @@ def _built(
         new = layer(*shape, groups=old.groups, bias=old.bias is not None, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{one.name}: {error}") from error
+    new.to(old.weight)
     if isinstance(new, QuantizedConv2d):  # else it is an inference layer, whose numbers are still to be loaded
-        _take_weights(new.to(old.weight), old)
+        _take_weights(new, old)
     new.train(old.training)
     if activation is None:
         return new

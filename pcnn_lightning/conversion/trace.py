@@ -1,9 +1,8 @@
 """The convolutions and linear layers of a network, in the order in which an image passes through them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +50,7 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
     handles = [module.register_forward_hook(partial(count, traced)) for module, traced in layers.items()]
     like = next(network.parameters(), torch.zeros(()))
     try:
-        with torch.no_grad(), _in_evaluation(network):
-            network(torch.zeros(1, *image_shape, dtype=like.dtype, device=like.device))
+        evaluate(network, torch.zeros(1, *image_shape, dtype=like.dtype, device=like.device))
     except Exception as error:  # whatever a forward method does with images of another size
         raise ValueError(f"an image of shape {image_shape} cannot pass through the network: {error}") from error
     finally:
@@ -61,13 +59,13 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
     return [*called.values(), *(traced for module, traced in layers.items() if module not in called)]
 
 
-@contextmanager
-def _in_evaluation(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, after which each module is in the mode that it was in."""
+@torch.no_grad()
+def evaluate(network: nn.Module, images: Tensor) -> Any:
+    """The output of ``network`` in evaluation mode, after which each module is in the mode that it was in."""
     before = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        yield
+        return network(images)
     finally:
         for module, mode in before.items():
             module.training = mode

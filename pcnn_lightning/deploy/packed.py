@@ -21,7 +21,7 @@ import math
 import os
 import reprlib
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pcnn_lightning.backbones import BACKBONES, Network, build_backbone
+from pcnn_lightning.backbones.external import converted_network, external_network
 from pcnn_lightning.deploy.description import Description
 from pcnn_lightning.deploy.freeze import freeze
 from pcnn_lightning.errors import InputError
@@ -39,6 +40,9 @@ from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import write_whole
 from pcnn_lightning.layers import SignActivation
 from pcnn_lightning.version import __version__
+
+Factory = Callable[[], nn.Module]
+"""Makes a network of the user's own, before its conversion."""
 
 FORMAT_VERSION = 2
 _KEY = "pcnn_lightning"
@@ -83,7 +87,8 @@ class PackedNetwork(Network):
             frozen = freeze(network).cpu().float()
         except ValueError as error:
             raise InputError(f"the network cannot be exported: {error}") from error
-        if _layout(frozen) != _layout(_skeleton(description)):
+        own = description.conversion is not None and description.conversion["own"]
+        if not own and _layout(frozen) != _layout(_skeleton(description)):
             raise InputError(f"the network is not the one of its description, {description}")
         if not all(tensor.isfinite().all() for tensor in frozen.state_dict().values()):
             raise InputError("the network cannot be exported: it holds NaN or infinite values")
@@ -130,10 +135,14 @@ def save_packed(network: nn.Module, path: str | os.PathLike[str], description: D
     write_whole(Path(path), save({"codes": codes, "floats": floats}, {_KEY: _to_json(header)}))
 
 
-def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
+def load_packed(path: str | os.PathLike[str], network: Factory | None = None) -> PackedNetwork:
     """Load a network from a packed file onto the CPU.
 
     No code from the file is executed, and no more memory is allocated than its values need.
+
+    Args:
+        path: the file.
+        network: makes the network that was converted, if it is the user's own.
 
     Raises:
         InputError: if the file does not exist, is damaged, is of another kind or version, does not hold the network
@@ -142,38 +151,39 @@ def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
     try:
         with safe_open(path, framework="pt") as file:
             description, checksum = _read_header(file.metadata())
-            network = _skeleton(description)
-            _check_sizes(network, file)
+            skeleton = _skeleton(description, network)
+            _check_sizes(skeleton, file)
             codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
             if _checksum(description, codes, floats) != checksum:
                 raise InputError("its checksum is not that of what it holds")
             if not floats.isfinite().all():
                 raise InputError("it holds NaN or infinite values")
-            _unpack(network, codes, floats)
+            _unpack(skeleton, codes, floats)
     except FileNotFoundError:
         raise InputError(f"there is no packed network {path}") from None
     except _Unsupported as error:
         raise InputError(f"{path} {error}") from None
     except (SafetensorError, OSError, InputError) as error:
         raise InputError(f"{path} is damaged or no packed network of pcnn_lightning: {error}") from None
-    return PackedNetwork(network, description).eval()
+    return PackedNetwork(skeleton, description).eval()
 
 
-def _skeleton(description: Description) -> Network:
+def _skeleton(description: Description, own: Factory | None = None) -> Network:
     """Build the described frozen network from tensors that have a shape but no memory.
 
     Raises:
         InputError: if there is no such network.
     """
-    one_bit = description.stage != "full_precision"
     layer = FAMILIES[description.family].layer
 
-    def convolution(*shape: Any, planes: int = description.planes, **own: Any) -> nn.Module:
-        if one_bit:
-            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **(description.layer | own))
-        return nn.Conv2d(*shape, **{"bias": False, **own})
+    def convolution(*shape: Any, planes: int = description.planes, **options: Any) -> nn.Module:
+        if description.stage == "full_precision":
+            return nn.Conv2d(*shape, **{"bias": False, **options})
+        return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **(description.layer | options))
 
     try:
+        if description.conversion is not None:
+            return cast(Network, freeze(_converted(description, description.conversion, convolution, own)))
         with torch.device("meta"):
             network = build_backbone(
                 description.backbone,
@@ -189,9 +199,43 @@ def _skeleton(description: Description) -> Network:
         raise InputError(f"there is no such network: {str(error).splitlines()[0]}") from error
 
 
+def _converted(
+    description: Description, conversion: dict[str, Any], convolution: Callable[..., nn.Module], own: Factory | None
+) -> nn.Module:
+    """A network from outside this package, converted, from tensors without memory."""
+    with torch.random.fork_rng(devices=[]):
+        if conversion["own"]:
+            if own is None:
+                raise _Unsupported("is of a user's own network: load_packed(path, network=...) takes what makes it")
+            network = own()
+        else:
+            network = external_network(
+                description.backbone,
+                description.num_classes,
+                description.in_channels,
+                small_images=conversion["small_images"],
+            )
+    fronts: dict[str, Callable[..., nn.Module] | None] = {
+        "real": None,
+        "sign": lambda **_: SignActivation(),
+        "threshold": SignActivation,
+    }
+    converted, _ = converted_network(
+        network.to("meta"),
+        (description.in_channels, *description.image_size),
+        convolution,
+        activation=fronts[conversion["activations"]],
+        include=list(conversion["layers"]),
+        overrides={name: options for name, options in conversion["layers"].items() if options},
+    )
+    return converted
+
+
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor, range | None]]:
     """Yield name and value of each tensor that a frozen network stores, and its symbols if it is packed as codes."""
     for name, tensor in network.state_dict().items():
+        if tensor.dtype != torch.int8 and not tensor.is_floating_point():
+            raise InputError(f"{name} cannot be packed: it is {tensor.dtype}, not float or int8")
         owner = network.get_submodule(name.rpartition(".")[0])
         yield name, tensor, getattr(owner, "symbols", None) if tensor.dtype == torch.int8 else None
 
@@ -270,7 +314,9 @@ def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object]:
     if version != FORMAT_VERSION:
         reads = f"pcnn_lightning {__version__} reads version {FORMAT_VERSION}"
         raise _Unsupported(f"has format version {reprlib.repr(version)}, but {reads}")
-    known: dict[str, Collection[str]] = {"family": FAMILIES, "backbone": BACKBONES}
+    known: dict[str, Collection[str]] = {"family": FAMILIES}
+    if isinstance(description, dict) and description.get("conversion") is None:
+        known["backbone"] = BACKBONES
     for kind, names in known.items():
         name = description.get(kind) if isinstance(description, dict) else None
         if isinstance(name, str) and name not in names:

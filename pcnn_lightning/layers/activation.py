@@ -1,5 +1,6 @@
 """1-bit activations."""
 
+import copy
 from typing import Any, get_args
 
 import torch
@@ -34,6 +35,8 @@ class SignActivation(nn.Module):
             than 98 % of the signs are equal.
     """
 
+    is_set: Tensor
+
     def __init__(self, gradient: SignGradient = "clip", threshold: int | None = None, name: str = "") -> None:
         super().__init__()
         check_choice("gradient", gradient, get_args(SignGradient))
@@ -53,7 +56,7 @@ class SignActivation(nn.Module):
             self._prepare(x)
         return sign_activation(x - self.threshold[:, None, None], self.gradient)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _prepare(self, x: Tensor) -> None:
         """Set the thresholds, unless a checkpoint has them."""
@@ -79,6 +82,14 @@ class SignActivation(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._is_ready = False
+
+    def frozen(self) -> "SignActivation":
+        """The activation for inference, which does not ask whether its thresholds are set."""
+        layer = copy.deepcopy(self)
+        if layer.threshold is not None:
+            del layer._buffers["is_set"]
+        layer._is_ready = True
+        return layer
 
     def extra_repr(self) -> str:
         channels = "" if self.threshold is None else f", threshold={len(self.threshold)}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
 
-from pcnn_lightning.backbones import build_backbone
+from pcnn_lightning.backbones import Network, build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint, use_atomic_io
 from pcnn_lightning.checks import check_choice, check_given, check_integer, check_number, check_positive
 from pcnn_lightning.errors import InputError, compile_failed
@@ -175,6 +175,7 @@ class OneBitClassifier(LightningModule):
         hparams = self.hparams
         self.planes = planes
         check_external(hparams)
+        self.net: Network
         if is_external(hparams):
             self.net, self.conversion = build_external(hparams, convolution, activation)
         else:

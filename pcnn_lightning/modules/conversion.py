@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from pcnn_lightning.backbones.external import SplitNetwork, external_network, users_network
-from pcnn_lightning.checks import check_bool, check_choice
-from pcnn_lightning.conversion import ConversionReport, convert
+from pcnn_lightning.backbones.external import SplitNetwork, converted_network, external_network, users_network
+from pcnn_lightning.checks import check_choice
+from pcnn_lightning.conversion import ConversionReport
+from pcnn_lightning.layers import QuantizedConv2d
 
 ACTIVATIONS = ("real", "sign", "threshold")
 """Inputs of 1-bit layers: real, their signs, or their signs beyond a learned threshold for each channel."""
@@ -26,7 +27,6 @@ def check_external(hparams: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the argument.
     """
-    check_bool("small_images", hparams["small_images"])
     external = is_external(hparams)
     of_others = {"convert": {}, "pretrained": False, "small_images": False}
     for name, default in ({"widths": None, "dropout": 0} if external else of_others).items():
@@ -58,17 +58,28 @@ def build_external(
             pretrained=hparams["pretrained"],
             small_images=hparams["small_images"],
         )
-    size = 32 if hparams["small_images"] else 224
-    image_shape = (in_channels, size, size)
-    report = None
-    if not hparams["full_precision"]:
-        options = dict(hparams["convert"] or {})
-        kind = options.pop("activations", "real")
-        check_choice("convert.activations", kind, ACTIVATIONS)
-        fronts: dict[str, Callable[..., nn.Module] | None] = {
-            "real": None,
-            "sign": lambda **_: activation(),
-            "threshold": activation,
-        }
-        report = convert(network, convolution, activation=fronts[kind], image_shape=image_shape, **options)
-    return SplitNetwork(network, image_shape), report
+    options = dict(hparams["convert"] or {})
+    kind = options.pop("activations", "real")
+    check_choice("convert.activations", kind, ACTIVATIONS if activation is not nn.Identity else ("real",))
+    fronts = {"real": None, "sign": lambda **_: activation(), "threshold": activation}
+    shape = (in_channels, *((32, 32) if hparams["small_images"] else (224, 224)))
+    return converted_network(
+        network, shape, None if hparams["full_precision"] else convolution, activation=fronts[kind], **options
+    )
+
+
+def describe_conversion(hparams: Mapping[str, Any], layers: Mapping[str, QuantizedConv2d]) -> dict[str, Any]:
+    """What a packed file needs to convert the network again.
+
+    Args:
+        hparams: arguments of ``OneBitClassifier``.
+        layers: the 1-bit layers by their names in ``model.net``.
+    """
+    kind = (hparams["convert"] or {}).get("activations", "real")
+    names = (name.removeprefix("features.") for name in layers)
+    return {
+        "layers": {name if kind == "real" else name.removesuffix(".conv"): {} for name in names},
+        "activations": kind,
+        "small_images": hparams["small_images"],
+        "own": hparams["network"] is not None,
+    }

@@ -13,6 +13,7 @@ from pcnn_lightning.deploy import Description, PackedNetwork, compile_openvino, 
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation
 from pcnn_lightning.modules.classifier import OneBitClassifier
+from pcnn_lightning.modules.conversion import describe_conversion, is_external
 
 NAMES_LIMIT = 2000
 """Bytes that class names may take in a packed file; the rest of its header takes less than 1 kB."""
@@ -128,6 +129,7 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
         sign_activations=any(isinstance(module, SignActivation) for module in model.net.modules()),
         layer=_layer_options(list(model.one_bit_layers.values())),
         class_names=names,
+        conversion=describe_conversion(model.hparams, model.one_bit_layers) if is_external(model.hparams) else None,
     )
 
 

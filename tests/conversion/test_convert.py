@@ -211,7 +211,7 @@ def test_what_cannot_be_converted_is_refused_if_asked_for(name):
     with pytest.raises(ValueError, match=f"^{path} cannot become 1-bit: .*{said}"):
         convert(network, image_shape=SHAPE, include=[path])
     assert {key: type(module) for key, module in network.named_modules()} == kinds
-    others = [layer.reason for layer in converted(network, include="0").layers if layer.name == path]
+    others = [layer.reason for layer in converted(network, include=[]).layers if layer.name == path]
     assert others == ["not included"]
 
 
