@@ -98,9 +98,9 @@ def external_network(
     linear = next((one for one in reversed(layers) if isinstance(one.module, nn.Linear)), None)
     if convolution is None or linear is None:
         raise InputError(f"backbone: {name} needs a convolution and a linear layer")
-    if linear.module.out_features != num_classes:
-        has_bias = linear.module.bias is not None
-        _exchange(network, linear.name, nn.Linear(linear.module.in_features, num_classes, has_bias))
+    last = cast(nn.Linear, linear.module)
+    if last.out_features != num_classes:
+        _exchange(network, linear.name, nn.Linear(last.in_features, num_classes, last.bias is not None))
     if small_images or in_channels != 3:
         _exchange(network, convolution.name, _stem(cast(nn.Conv2d, convolution.module), in_channels, small_images))
     if small_images:

@@ -49,7 +49,8 @@ def convert(
         include: the convolutions to convert, whatever they are; an empty list for none.
         exclude: convolutions that stay real.
         overrides: arguments of ``layer`` by pattern; the last pattern that fits wins.
-        pointwise: whether 1×1 convolutions are converted as well, shortcuts excepted.
+        pointwise: whether 1×1 convolutions are converted as well, except shortcuts and those on pooled features, as in
+            squeeze-and-excitation.
 
     Returns:
         What became of each layer.
@@ -152,6 +153,8 @@ def _convention(one: Traced, is_first: bool, pointwise: bool) -> str | None:
     if module.kernel_size == (1, 1):
         if SHORTCUT.search(one.name):
             return "1×1 shortcut"
+        if one.is_pooled:
+            return "1×1 on pooled features"
         return None if pointwise else "1×1 (pointwise)"
     return None
 

@@ -19,12 +19,14 @@ class Traced:
         module: the layer.
         calls: how often an image passes through it.
         macs: multiply-accumulates for one image.
+        is_pooled: whether its input has one pixel, as in squeeze-and-excitation.
     """
 
     name: str
     module: Layer
     calls: int = 0
     macs: int = 0
+    is_pooled: bool = False
 
 
 def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]:
@@ -42,8 +44,9 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
     layers = {module: Traced(name, module) for name, module in network.named_modules() if isinstance(module, Layer)}
     called: dict[nn.Module, Traced] = {}
 
-    def count(traced: Traced, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(traced: Traced, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         traced.calls += 1
+        traced.is_pooled = inputs[0].shape[2:].numel() == 1
         traced.macs += output[0].numel() * traced.module.weight[0].numel()
         called[traced.module] = traced
 

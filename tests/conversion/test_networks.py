@@ -1,0 +1,93 @@
+"""Networks of torchvision and timm, converted: a training step, the summary, and every file that is loaded again."""
+
+import functools
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcnn_lightning.deploy import Description, freeze, load_packed, save_onnx, save_packed
+from pcnn_lightning.modules import BNN, MCN, PCNN
+from pcnn_lightning.modules.conversion import describe_conversion
+from pcnn_lightning.reports import summarize
+
+SIZE = 64
+FAMILIES = {
+    "PCNN": functools.partial(PCNN, projections=1, stage="ternary"),
+    "MCN": functools.partial(MCN, planes=1),
+    "BNN": BNN,
+}
+NETWORKS = {
+    "torchvision/resnet18": {},
+    "torchvision/resnet50": {"pointwise": True},
+    "torchvision/vgg16_bn": {},
+    "torchvision/mobilenet_v2": {"pointwise": True},
+    "torchvision/densenet121": {"pointwise": True},
+    "torchvision/efficientnet_b0": {"pointwise": True},
+    "torchvision/googlenet": {"pointwise": True},
+    "torchvision/shufflenet_v2_x1_0": {"pointwise": True},
+    "timm/resnet18d": {},
+    "timm/resnext50_32x4d": {"include": "re:layer.*conv[123]"},
+    "timm/convnext_tiny": {"include": "re:stages.*"},
+    "timm/mobilenetv3_small_100": {"pointwise": True},
+}
+QUICK = ("torchvision/resnet18",)
+
+
+def cases():
+    for name in NETWORKS:
+        for family in FAMILIES:
+            slow = () if name in QUICK else pytest.mark.slow
+            yield pytest.param(name, family, marks=slow, id=f"{name.rpartition('/')[2]}-{family}")
+
+
+@pytest.mark.parametrize(("name", "family"), cases())
+@pytest.mark.filterwarnings("ignore:only .* of the weights of convolutions")
+def test_a_network_is_trained_frozen_packed_and_exported(name, family, tmp_path):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = FAMILIES[family](backbone=name, num_classes=5, convert=NETWORKS[name])
+    print(
+        f"TABLE {name} {family} {len(model.conversion.converted)} {model.conversion.share_of_weights:.4f} "
+        f"{model.conversion.share_of_convolution_weights:.4f} {model.conversion.share_of_macs:.4f}"
+    )
+    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = {name: layer.weight.detach().clone() for name, layer in model.one_bit_layers.items()}
+    F.cross_entropy(model.train()(images), labels).backward()
+    optimizer.step()
+    model.eval()
+    assert all(not torch.equal(layer.weight, before[name]) for name, layer in model.one_bit_layers.items())
+
+    total = summarize(model.net, (3, SIZE, SIZE)).total
+    weights = sum(layer.weights for layer in model.conversion.converted)
+    assert (total.parameters_2bit if family == "PCNN" else total.parameters_1bit) == weights
+
+    description = Description(
+        family=family,
+        stage=model.stage,
+        backbone=name,
+        num_classes=5,
+        in_channels=3,
+        image_size=(SIZE, SIZE),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        planes=model.planes,
+        layer=next(iter(model.one_bit_layers.values())).frozen().options,
+        conversion=describe_conversion(model.hparams, model.one_bit_layers),
+    )
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(freeze(model.net)(images), expected)
+        save_packed(model.net, tmp_path / "packed.safetensors", description)
+        packed = load_packed(tmp_path / "packed.safetensors")
+        assert torch.equal(packed(images), expected)
+        assert (tmp_path / "packed.safetensors").stat().st_size < 1.1 * total.bits / 8 + 20_000
+
+        save_onnx(model.net, tmp_path / "network.onnx", description)
+        session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+        pixels = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+        (logits,) = session.run(None, {"images": pixels.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), packed(packed.preprocess(pixels)), rtol=1e-3, atol=1e-3)
