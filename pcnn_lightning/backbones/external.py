@@ -201,15 +201,15 @@ def quarter_resnet18(num_classes: int, in_channels: int) -> nn.Module:
     """Torchvision's ResNet-18 with 16 to 128 channels, for small images: an example of a network of one's own."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    network: Any = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
     network.inplanes = 16
     network.conv1, network.bn1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-    network.maxpool = nn.Identity()  # type: ignore[assignment]
+    network.maxpool = nn.Identity()
     for index, channels in enumerate((16, 32, 64, 128)):
         layer = network._make_layer(BasicBlock, channels, 2, stride=1 if index == 0 else 2)
         setattr(network, f"layer{index + 1}", layer)
     network.fc = nn.Linear(128, num_classes)
-    return network
+    return cast(nn.Module, network)
 
 
 def converted_network(

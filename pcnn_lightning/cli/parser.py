@@ -190,8 +190,9 @@ class OneBitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             cause: BaseException = error
-            while (inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)) is not None:
-                cause = inner  # the message of the class itself, not of the parser
+            # The message of the class itself, not of the parser; an InputError says it all.
+            while not isinstance(cause, InputError) and (inner := _inner(cause)) is not None:
+                cause = inner
             raise InputError(str(cause)) from error
 
     def after_instantiate_classes(self) -> None:
@@ -339,3 +340,7 @@ class OneBitCLI(LightningCLI):
             load_checkpoint(path)  # says what can be done with it
         safely = {} if subcommand == "export" else {"weights_only": True}
         return {**kwargs, "ckpt_path": path, **safely}
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)

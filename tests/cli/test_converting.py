@@ -1,0 +1,116 @@
+"""Networks from outside the package on the command line."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import DIGITS, QUIET, load, same_weights, tensors_in
+from lightning.pytorch import Callback
+from torch import nn
+
+from pcnn_lightning.deploy import load_packed, save_packed
+from pcnn_lightning.modules import describe
+
+TRAINING = [*QUIET, "--trainer.max_epochs=1", "--model.eta2=0.01"]
+PCNN = ["--model=PCNN", "--model.projections=2", "--model.stage=ternary", "--stage_switch.epoch=1"]
+OWN = [*DIGITS, *PCNN, f"--model.network={__name__}.build", "--model.small_images=true", *TRAINING]
+THRESHOLDS = "--model.convert={activations: threshold}"
+
+
+def build(num_classes=10, in_channels=1):
+    """A network of one's own, with a bias and a shortcut."""
+    return Own(num_classes, in_channels)
+
+
+class Own(nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 4, 3, padding=1)
+        self.one = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.two = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        x = self.stem(images).relu()
+        x = x + self.norm(self.one(x)).relu()
+        return self.head(self.two(x).mean(dim=(2, 3)))
+
+
+class Stop(Callback):
+    """End the run in the middle of its second epoch, as SIGTERM does."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_network_of_torchvision_goes_through_all_commands(command):
+    network = ["--model=BNN", "--model.backbone=torchvision/resnet18", "--model.small_images=true"]
+    fitted = command("fit", *DIGITS, *network, *QUIET, "--trainer.max_epochs=1", "--model.eta1=0.01")
+    assert fitted.code == 0, fitted.err
+    assert len(fitted.cli.model.one_bit_layers) == 16
+    assert "features.layer4.0.conv1" in command("summary", *DIGITS, *network).out
+    best = "--ckpt_path=runs/default/version_0/checkpoints/binary.ckpt"
+    tested = command("test", *DIGITS, *QUIET, best)
+    assert command("export", *DIGITS, best, "--output=network.safetensors").code == 0
+    packed = command("test", *DIGITS, *QUIET, "--ckpt_path=network.safetensors")
+    assert packed.code == 0, packed.err
+    results = [run.cli.trainer.callback_metrics["test/accuracy"] for run in (tested, packed)]
+    assert results[0] == results[1]
+    refused = command("export", *DIGITS, best, "--format=c", "--output=network.c")
+    assert refused.code == 2
+    assert len(refused.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("more", [[], [THRESHOLDS], ["--model.center_loss_weight=0.01", "--model.full_precision=true"]])
+def test_a_network_of_ones_own_resumes_bit_for_bit(command, more):
+    if "--model.full_precision=true" in more:
+        more = [*more, "--stage_switch=null"]
+    whole = command("fit", *OWN, *more, "--trainer.max_epochs=3", "--run_dir=whole")
+    assert whole.code == 0, whole.err
+    cut = command(
+        "fit", *OWN, *more, "--trainer.max_epochs=3", "--run_dir=cut", f"--trainer.callbacks+={__name__}.Stop"
+    )
+    assert cut.code == 143
+    again = command("fit", *OWN, *more, "--trainer.max_epochs=3", "--run_dir=cut", "--ckpt_path=last")
+    assert again.code == 0, again.err
+    assert same_weights(again.cli.model, whole.cli.model)
+    tensors = [tensors_in(load(Path(name, "version_0/checkpoints/last.ckpt"))) for name in ("whole", "cut")]
+    assert all(torch.equal(*pair) for pair in zip(*tensors, strict=True))
+
+
+def test_a_packed_network_of_ones_own_is_loaded_by_what_makes_it(command, tmp_path):
+    fitted = command("fit", *OWN, THRESHOLDS)
+    assert fitted.code == 0, fitted.err
+    model, data = fitted.cli.model.eval(), fitted.cli.datamodule
+    save_packed(model.net, tmp_path / "own.safetensors", describe(model, data))
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_packed(tmp_path / "own.safetensors", network=build)(images), model(images))
+    command("test", *DIGITS, "--ckpt_path=own.safetensors").is_refused("own.safetensors", "load_packed(path, network=")
+
+
+REFUSED = {
+    "an unknown key": (["--model.convert={includes: [a]}"], ("includes", "include, exclude, overrides")),
+    "a pattern without a match": (["--model.convert={include: [three]}"], ("'three'", "stem, one, two")),
+    "other activations": (["--model.convert={activations: 1-bit}"], ("activations", "real, sign, threshold", "1-bit")),
+    "widths": (["--model.widths=[2,2]"], ("widths", "networks of this package")),
+    "dropout": (["--model.dropout=0.5"], ("dropout", "networks of this package")),
+    "no such function": (["--model.network=nowhere.build"], ("nowhere.build",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_are_refused_in_one_line(command, name):
+    added, mentioned = REFUSED[name]
+    command("fit", *OWN, *added).is_refused(*mentioned)
+
+
+def test_arguments_of_conversion_are_for_networks_from_outside(command):
+    own = [*DIGITS, "--model=PCNN", "--model.backbone=wrn7", *TRAINING]
+    command("fit", *own, THRESHOLDS).is_refused("convert", "torchvision, timm and your own", "wrn7")
+    command("fit", *own, "--model.pretrained=true").is_refused("pretrained", "wrn7")
+    mcn = [*DIGITS, "--model=MCN", "--model.planes=1", f"--model.network={__name__}.build", *TRAINING]
+    command("fit", *mcn, THRESHOLDS).is_refused("activations", "real", "threshold")
