@@ -35,7 +35,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     """Return the frozen counterpart of ``module``, replacing its children in place."""
     if isinstance(module, QuantizedConv2d):
         return _freeze_layer(module)
-    if isinstance(module, SignActivation):
+    if isinstance(module, SignActivation) and module.threshold is not None:
         return module.frozen()
     if isinstance(module, nn.BatchNorm2d):
         return _freeze_norm(module)

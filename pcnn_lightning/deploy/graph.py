@@ -4,6 +4,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pcnn_lightning.backbones.mcn import PlaneConv
@@ -60,7 +61,10 @@ def operations(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Op
         if node.op == "call_module":
             name, module = str(node.target), network.get_submodule(str(node.target))
             output = module(*(values[one] for one in inputs))
-        elif node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
+        elif (function := _module_of(node)) is not None:
+            name, module = f"{_scope(inputs)}{node.name}", function
+            output = module(values[inputs[0]])
+        elif node.target in (operator.add, operator.iadd, torch.add) and len(node.args) == 2 and not node.kwargs:
             inputs = tuple(names[argument] for argument in node.args)
             name, module = f"{_scope(inputs)}add", None
             output = values[inputs[0]] + values[inputs[1]]
@@ -71,6 +75,18 @@ def operations(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Op
         names[node], values[name] = name, output
         found.append(Operation(name, module, inputs, tuple(output.shape[1:])))
     return found
+
+
+def _module_of(node: fx.Node) -> nn.Module | None:
+    """The module that computes what a function call does; None if there is none."""
+    target, (_, *args), kwargs = node.target, node.args, node.kwargs
+    if target in (F.relu, torch.relu, "relu", "relu_") and not args and kwargs.keys() <= {"inplace"}:
+        return nn.ReLU()
+    if target in (torch.flatten, "flatten") and args in ([1], [1, -1]) and not kwargs:
+        return nn.Flatten()
+    if target is F.adaptive_avg_pool2d and args in ([1], [(1, 1)]) and not kwargs:
+        return nn.AdaptiveAvgPool2d(1)
+    return None
 
 
 def _scope(inputs: tuple[str, ...]) -> str:

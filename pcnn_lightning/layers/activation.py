@@ -1,6 +1,6 @@
 """1-bit activations."""
 
-import copy
+from collections import OrderedDict
 from typing import Any, get_args
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pcnn_lightning.checks import check_choice, check_integer
 from pcnn_lightning.functional import SignGradient, sign_activation
+from pcnn_lightning.layers.batch_norm import FrozenBatchNorm2d
 
 MOST_OF_ONE_SIGN = 0.98
 """Share of equal signs above which a layer has next to nothing to learn from."""
@@ -83,13 +84,13 @@ class SignActivation(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._is_ready = False
 
-    def frozen(self) -> "SignActivation":
-        """The activation for inference, which does not ask whether its thresholds are set."""
-        layer = copy.deepcopy(self)
-        if layer.threshold is not None:
-            del layer._buffers["is_set"]
-        layer._is_ready = True
-        return layer
+    @torch.no_grad()
+    def frozen(self) -> nn.Module:
+        """The thresholds as the shift of a batch norm, in front of a sign without: what all runtimes know."""
+        assert self.threshold is not None
+        norm = FrozenBatchNorm2d(len(self.threshold)).to(self.threshold)
+        norm.shift = -self.threshold.detach()
+        return nn.Sequential(OrderedDict(norm=norm, sign=SignActivation(self.gradient)))
 
     def extra_repr(self) -> str:
         channels = "" if self.threshold is None else f", threshold={len(self.threshold)}"

@@ -65,7 +65,7 @@ def test_a_frozen_activation_keeps_its_thresholds_and_nothing_else():
     network, x = nn.Sequential(SignActivation(threshold=2)), torch.randn(2, 2, 3, 3)
     network(x)
     frozen = freeze(network)
-    assert list(frozen.state_dict()) == ["0.threshold"]
+    assert list(frozen.state_dict()) == ["0.norm.scale", "0.norm.shift"]
     assert torch.equal(frozen.train()(x + 1), network.eval()(x + 1))
 
 
