@@ -47,6 +47,7 @@ from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import SUMMARY, is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
 from pcnn_lightning.reports import NetworkSummary, compare
+from pcnn_lightning.tables import filled
 
 WITHOUT_MODEL = ("compare", "sweep")
 """Subcommands that have no model, data and trainer."""
@@ -284,6 +285,8 @@ class OneBitCLI(LightningCLI):
         if wanted and hasattr(self.datamodule, "image_shape"):
             counts = summary_of(self.model, self.datamodule)
             print(counts.table(), end="\n\n")
+            if self.model.conversion is not None:
+                print(filled(self.model.conversion.total()), end="\n\n")
             self._write_summary()
             self._warn_of_memory(counts)
         if str(self.trainer.precision).startswith("bf16") and not computes_bf16(self.trainer.strategy.root_device):

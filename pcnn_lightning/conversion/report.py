@@ -66,11 +66,14 @@ class ConversionReport:
         for layer in self.layers:
             shares = (f"{100 * _share(*pair):.1f}" for pair in ((layer.weights, weights), (layer.macs, macs)))
             rows.append([layer.name, layer.kind, *shares, "1-bit" if layer.is_converted else f"real: {layer.reason}"])
-        total = (
+        return f"{text_table(rows)}\n\n{filled(self.total())}"
+
+    def total(self) -> str:
+        """Format the totals as a sentence."""
+        return (
             f"{len(self.converted)} of {len(self.layers)} layers became 1-bit: {self.share_of_weights:.1%} of the "
-            f"weights and {self.share_of_macs:.1%} of the multiply-accumulates"
+            f"weights and {self.share_of_macs:.1%} of the multiply-accumulates."
         )
-        return f"{text_table(rows)}\n\n{filled(total)}"
 
 
 def _share(part: int, whole: int) -> float:

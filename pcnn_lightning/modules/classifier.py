@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pcnn_lightning.backbones import Network, build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint, use_atomic_io
 from pcnn_lightning.checks import check_choice, check_given, check_integer, check_number, check_positive
+from pcnn_lightning.conversion import ConversionReport
 from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
 from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
@@ -88,6 +89,7 @@ class OneBitClassifier(LightningModule):
 
     Attributes:
         net: the network.
+        conversion: what became 1-bit in a network from outside this package; None for others.
         terms: the terms of the loss, by their names in the logs.
         stage: the current stage, a key of ``pcnn_lightning.stages.STAGES``.
         planes: J or K, channels per feature map.
@@ -176,6 +178,7 @@ class OneBitClassifier(LightningModule):
         self.planes = planes
         check_external(hparams)
         self.net: Network
+        self.conversion: ConversionReport | None = None
         if is_external(hparams):
             self.net, self.conversion = build_external(hparams, convolution, activation)
         else:

@@ -32,7 +32,8 @@ def check_external(hparams: Mapping[str, Any]) -> None:
     for name, default in ({"widths": None, "dropout": 0} if external else of_others).items():
         if hparams[name] not in (default, None):
             whose = "networks of this package" if external else "networks of torchvision, timm and your own"
-            raise ValueError(f"{name} is for {whose}, but backbone is {hparams['backbone']}: got {hparams[name]!r}")
+            network = hparams["network"] or hparams["backbone"]
+            raise ValueError(f"{name} is for {whose}, not for {network}, but got {hparams[name]!r}")
     if unknown := [name for name in hparams["convert"] or {} if name not in OPTIONS]:
         raise ValueError(f"convert must have the keys {', '.join(OPTIONS)} only, but got {unknown[0]}")
 
