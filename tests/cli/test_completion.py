@@ -70,7 +70,7 @@ def test_bash_offers(offered, words, expected):
 
 
 def test_bash_offers_every_subcommand(offered):
-    assert offered("") == {"fit", "validate", "test", "predict", "summary", "benchmark", "export", "compare"}
+    assert offered("") == {"fit", "validate", "test", "predict", "summary", "benchmark", "export", "sweep", "compare"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
