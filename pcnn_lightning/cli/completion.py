@@ -11,8 +11,8 @@ from jsonargparse import ArgumentParser
 from pcnn_lightning.cli.names import class_names, packaged_configs
 
 COMPLETED_AS = {
-    **dict.fromkeys(("run_dir", "runs"), "directory"),
-    **dict.fromkeys(("output", "ckpt_path", "published"), "file"),
+    **dict.fromkeys(("run_dir", "runs", "out"), "directory"),
+    **dict.fromkeys(("file", "output", "ckpt_path", "published"), "file"),
 }
 """What shtab completes arguments with whose type is just a string."""
 
