@@ -63,7 +63,7 @@ class SignActivation(nn.Module):
         """Set the thresholds, unless a checkpoint has them."""
         assert self.threshold is not None
         if not self.is_set:
-            means = x.float().mean(dim=(0, 2, 3))
+            means = x.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=(0, 2, 3))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(means)
                 means /= torch.distributed.get_world_size()

@@ -7,35 +7,15 @@ import pytest
 import torch
 from cli_helpers import DIGITS, QUIET, load, same_weights, tensors_in
 from lightning.pytorch import Callback
-from torch import nn
+from tiny import TinyNetwork
 
 from pcnn_lightning.deploy import load_packed, save_packed
 from pcnn_lightning.modules import describe
 
 TRAINING = [*QUIET, "--trainer.max_epochs=1", "--model.eta2=0.01"]
 PCNN = ["--model=PCNN", "--model.projections=2", "--model.stage=ternary", "--stage_switch.epoch=1"]
-OWN = [*DIGITS, *PCNN, f"--model.network={__name__}.build", "--model.small_images=true", *TRAINING]
+OWN = [*DIGITS, *PCNN, "--model.network=tiny.TinyNetwork", "--model.small_images=true", *TRAINING]
 THRESHOLDS = "--model.convert={activations: threshold}"
-
-
-def build(num_classes=10, in_channels=1):
-    """A network of one's own, with a bias and a shortcut."""
-    return Own(num_classes, in_channels)
-
-
-class Own(nn.Module):
-    def __init__(self, num_classes, in_channels):
-        super().__init__()
-        self.stem = nn.Conv2d(in_channels, 4, 3, padding=1)
-        self.one = nn.Conv2d(4, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.two = nn.Conv2d(4, 8, 3, padding=1, bias=False)
-        self.head = nn.Linear(8, num_classes)
-
-    def forward(self, images):
-        x = self.stem(images).relu()
-        x = x + self.norm(self.one(x)).relu()
-        return self.head(self.two(x).mean(dim=(2, 3)))
 
 
 class Stop(Callback):
@@ -88,15 +68,15 @@ def test_a_packed_network_of_ones_own_is_loaded_by_what_makes_it(command, tmp_pa
     save_packed(model.net, tmp_path / "own.safetensors", describe(model, data))
     images = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
-        assert torch.equal(load_packed(tmp_path / "own.safetensors", network=build)(images), model(images))
+        assert torch.equal(load_packed(tmp_path / "own.safetensors", network=TinyNetwork)(images), model(images))
     command("test", *DIGITS, "--ckpt_path=own.safetensors").is_refused("own.safetensors", "load_packed(path, network=")
 
 
 REFUSED = {
     "an unknown key": (["--model.convert={includes: [a]}"], ("includes", "include, exclude, overrides")),
-    "a pattern without a match": (["--model.convert={include: [three]}"], ("'three'", "stem, one, two")),
+    "a pattern without a match": (["--model.convert={include: [three]}"], ("'three'", "stem, main, last")),
     "other activations": (["--model.convert={activations: 1-bit}"], ("activations", "real, sign, threshold", "1-bit")),
-    "widths": (["--model.widths=[2,2]"], ("widths", "networks of this package", "test_converting.build")),
+    "widths": (["--model.widths=[2,2]"], ("widths", "networks of this package", "tiny.TinyNetwork")),
     "dropout": (["--model.dropout=0.5"], ("dropout", "networks of this package")),
     "no such function": (["--model.network=nowhere.build"], ("nowhere.build",)),
 }
@@ -112,5 +92,5 @@ def test_arguments_of_conversion_are_for_networks_from_outside(command):
     own = [*DIGITS, "--model=PCNN", "--model.backbone=wrn7", *TRAINING]
     command("fit", *own, THRESHOLDS).is_refused("convert", "torchvision, timm and your own", "wrn7")
     command("fit", *own, "--model.pretrained=true").is_refused("pretrained", "wrn7")
-    mcn = [*DIGITS, "--model=MCN", "--model.planes=1", f"--model.network={__name__}.build", *TRAINING]
+    mcn = [*DIGITS, "--model=MCN", "--model.planes=1", "--model.network=tiny.TinyNetwork", *TRAINING]
     command("fit", *mcn, THRESHOLDS).is_refused("activations", "real", "threshold")
