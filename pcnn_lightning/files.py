@@ -1,5 +1,6 @@
 """Reading and writing files safely."""
 
+import csv
 import os
 import re
 import secrets
@@ -87,3 +88,18 @@ def _remove_unfinished(path: Path) -> None:
                 left.unlink(missing_ok=True)
             except OSError:  # another user's process
                 pass
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Read the rows of a table; none if there is no such file.
+
+    Raises:
+        InputError: if it is no table.
+    """
+    if not file.is_file():
+        return []
+    try:
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+            return list(csv.DictReader(line.replace("\0", "") for line in lines))
+    except csv.Error as error:
+        raise InputError(f"{file} is not a table: {error}") from error

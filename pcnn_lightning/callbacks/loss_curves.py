@@ -1,9 +1,7 @@
 """Curves of the loss terms and the accuracy over a run."""
 
-import csv
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +13,7 @@ from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, mark
 from pcnn_lightning.checkpoints import folder_of_run
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.devices import device_name
+from pcnn_lightning.files import TESTED, TIMES, read_rows
 from pcnn_lightning.losses import LossTerm
 
 SPLITS = {"train": ("training", BLUE), "val": ("validation", ORANGE)}
@@ -75,7 +74,7 @@ class LossCurves(DrawingCallback):
         if has_folder and trainer.is_global_zero:
             self.folder = folder
             tested = {"checkpoint": str(trainer.ckpt_path), "stage": str(pl_module.stage), **_logged(trainer, "test")}
-            others = [row for row in _rows(folder / "test.csv") if row.get("checkpoint") != tested["checkpoint"]]
+            others = [row for row in read_rows(folder / TESTED) if row.get("checkpoint") != tested["checkpoint"]]
             self.write("test", [*others, tested])
 
     def _write_times(self, trainer: Trainer) -> None:
@@ -87,20 +86,13 @@ class LossCurves(DrawingCallback):
         row = {"epoch": trainer.current_epoch, "seconds": f"{now - self._began:.2f}", "device": devices}
         self._began = now
         epochs = [str(epoch) for epoch in range(trainer.current_epoch)]
-        before = [row for row in _rows(self.folder / "times.csv") if row.get("epoch") in epochs]
+        before = [row for row in read_rows(self.folder / TIMES) if row.get("epoch") in epochs]
         self.write("times", [*before, row])
 
     def draw(self, trainer: Trainer) -> None:
         if self.folder is not None and self.epochs:
             self.write("losses", self.epochs)
             self.show("losses", draw_losses(self.epochs, self._terms), trainer.fit_loop.total_batch_idx)
-
-
-def _rows(table: Path) -> list[dict[str, str]]:
-    if not table.is_file():
-        return []
-    with table.open(newline="", encoding="utf-8", errors="replace") as lines:
-        return list(csv.DictReader(lines))
 
 
 def _logged(trainer: Trainer, split: str) -> dict[str, float]:

@@ -287,7 +287,7 @@ class OneBitCLI(LightningCLI):
             print(counts.table(), end="\n\n")
             if self.model.conversion is not None:
                 print(filled(self.model.conversion.total()), end="\n\n")
-            self._write_summary()
+            self._write_summary(counts)
             self._warn_of_memory(counts)
         if str(self.trainer.precision).startswith("bf16") and not computes_bf16(self.trainer.strategy.root_device):
             print(
@@ -296,10 +296,9 @@ class OneBitCLI(LightningCLI):
                 file=sys.stderr,
             )
 
-    def _write_summary(self) -> None:
+    def _write_summary(self, counts: NetworkSummary) -> None:
         """Write the summary of the network in its present stage to the folder of the run."""
         if isinstance(self.trainer, OneBitTrainer) and self.trainer.run_folder is not None:
-            counts = summary_of(self.model, self.datamodule)
             write_whole(self.trainer.run_folder / SUMMARY, counts.to_csv().encode())
 
     def _warn_of_memory(self, counts: NetworkSummary) -> None:
@@ -318,7 +317,8 @@ class OneBitCLI(LightningCLI):
     @rank_zero_only
     def after_fit(self) -> None:
         if hasattr(self.datamodule, "image_shape"):
-            self._write_summary()  # the network may have gone from ternary to binary
+            # The network may have gone from ternary to binary.
+            self._write_summary(summary_of(self.model, self.datamodule))
         path = self.trainer.ckpt_path
         went_on = self.trainer.global_step != self._step_before or "val/accuracy" in self.trainer.callback_metrics
         if self._step_before is not None and not went_on:

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import PROGRESSIVE, Stop, fit, tiny_digits, tiny_pcnn, tiny_trainer
 
-from pcnn_lightning import LossCurves, StageSwitch
+from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
 from pcnn_lightning.callbacks.loss_curves import draw_losses
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.losses import CenterLoss, CrossEntropy
@@ -123,3 +123,21 @@ def test_tests_of_the_run_leave_the_metrics_of_each_checkpoint(tmp_path):
     ]
     for row, metrics in zip(rows, found.values(), strict=True):
         assert {name: float(row[name]) for name in metrics} == pytest.approx(metrics)
+
+
+def test_the_times_of_a_resumed_run_are_of_each_epoch_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def times():
+        with Path("times.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    fit(tiny_pcnn(), max_epochs=3, callbacks=[LossCurves(), StageCheckpoint("kept")], enable_checkpointing=True)
+    first = times()
+    assert [row["epoch"] for row in first] == ["0", "1", "2"]
+    assert all(float(row["seconds"]) > 0 and row["device"].startswith("CPU, ") for row in first)
+    resumed = [LossCurves(), StageCheckpoint("kept")]
+    fit(tiny_pcnn(), max_epochs=5, callbacks=resumed, enable_checkpointing=True, ckpt_path="kept/last.ckpt")
+    again = times()
+    assert [row["epoch"] for row in again] == ["0", "1", "2", "3", "4"]
+    assert again[:3] == first

@@ -1,5 +1,6 @@
 """``fit``: configurations, seeds and what is printed."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,13 @@ def test_bf16_on_a_cpu_that_converts_it_in_software_is_warned_of(command, monkey
     ended = command(*FIT, "--config=cpu_bf16.yaml", "--trainer.limit_train_batches=1")
     assert ended.code == 0
     assert ("converts bfloat16 in software" in ended.err) == (not computes)
+
+
+def test_the_summary_in_the_folder_of_a_run_is_of_its_last_stage(command):
+    progressive = [*FIT, *SWITCH, "--trainer.enable_model_summary=true"]
+    for epochs, stored in ((1, "parameters_2bit"), (2, "parameters_1bit")):
+        assert command(*progressive, f"--trainer.max_epochs={epochs}", f"--run_dir={epochs}").code == 0
+        with Path(f"{epochs}/version_0/summary.csv").open(newline="") as file:
+            total = list(csv.DictReader(file))[-1]
+        counts = {name: int(total[name]) for name in ("parameters_1bit", "parameters_2bit")}
+        assert counts[stored] == sum(counts.values()) > 0

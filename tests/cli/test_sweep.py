@@ -134,6 +134,8 @@ FILES = {
     "a value that is no mapping": ("grid: {kind: {one: 3}}", ("kind: one", "3")),
     "a number as a configuration": ("{grid: {a: [1]}, config: [3]}", ("config", "3")),
     "a list as the folder": ("{grid: {a: [1]}, out: [3]}", ("out", "[3]")),
+    "a value that JSON cannot hold": ("grid: {kind: {one: {model.a: {2020-01-01: 3}}}}", ("command line",)),
+    "a value that holds itself": ("grid: {model.a: &a [[*a]]}", ("command line",)),
     "its own base": ("{base: own.yaml}", ("itself",)),
     "a base that is missing": ("{base: missing.yaml}", ("missing.yaml",)),
     "arguments that are a list": ("{grid: {a: [1]}, arguments: [1]}", ("arguments", "[1]")),

@@ -16,7 +16,7 @@ def add_sweep_arguments(parser: LightningArgumentParser) -> None:
     )
     add("--out", type=str | None, default=None, help="Folder of the sweep, with a folder for each run.")
     add("--jobs", type=int, default=1, help="How many runs share the cores and GPUs of this machine at a time.")
-    add("--print", action="store_true", help="Print a command for each run that is left, and run none.")
+    add("--print", action="store_true", help="Print a command for each remaining run, and run none.")
     add(
         "--slurm",
         type=str | None,

@@ -1,6 +1,5 @@
 """The folder of a sweep: its runs with their configurations, and what has become of each."""
 
-import csv
 import json
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from pcnn_lightning.callbacks.stage_checkpoint import LAST
 from pcnn_lightning.cli.run_folder import CHECKPOINTS, CONFIG, versions
 from pcnn_lightning.cli.sweep.plan import Plan, Run
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.files import LOSSES, SWEEP, TESTED, check_writable, write_whole
+from pcnn_lightning.files import LOSSES, SWEEP, TESTED, check_writable, read_rows, write_whole
 
 try:
     import fcntl
@@ -128,6 +127,8 @@ def locked(folder: Path, message: str, patience: float = 0) -> Iterator[int | No
 
 def _difference(before: str, after: str) -> str | None:
     """The first setting that differs between two configurations; their folder may have moved."""
+    if before == after:  # most often, and reading YAML is slow
+        return None
     first, second = (dict(_flat(yaml.safe_load(text))) for text in (before, after))
     for key in [*second, *(first.keys() - second.keys())]:
         if key != "run_dir" and first.get(key) != second.get(key):
@@ -161,8 +162,7 @@ def finish(run: Path) -> None:
     """Record that a run has been trained and tested."""
     version = newest_version(run)
     assert version is not None
-    with (version / TESTED).open(newline="", encoding="utf-8") as lines:
-        results = list(csv.DictReader(lines))[-1]  # of the best checkpoint, which has just been tested
+    results = read_rows(version / TESTED)[-1]  # of the best checkpoint, which has just been tested
     write_whole(run / FINISHED, json.dumps(results, indent=2).encode())
 
 

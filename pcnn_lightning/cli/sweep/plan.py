@@ -184,13 +184,12 @@ def _axis(key: str, values: Any, where: str) -> Axis:
     if key == "config" or not re.fullmatch(r"\w[\w.]*", key):
         raise InputError(f"{where}: {key} cannot be an axis, which is named as an argument of fit, without dashes")
     if isinstance(values, dict) and values:
-        return {_text(label): _arguments(settings, f"{where}: {key}: {label}") for label, settings in values.items()}
+        return {
+            _text(name, where): _arguments(settings, f"{where}: {key}: {name}") for name, settings in values.items()
+        }
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: {key} must have one or more values, but got {values!r}")
-    try:
-        texts = [_text(value) for value in values]
-    except (ValueError, TypeError, RecursionError):
-        raise InputError(f"{where}: {key} has a value that is not allowed on the command line") from None
+    texts = [_text(value, f"{where}: {key}") for value in values]
     if twice := next((text for text in texts if texts.count(text) > 1), None):
         raise InputError(f"{where}: two runs would share a folder: {key} has the value {twice} twice")
     return {text: [f"--{key}={text}"] for text in texts}
@@ -218,7 +217,9 @@ def _mapping(settings: Any, where: str) -> dict[Any, Any]:
 def _arguments(settings: Any, where: str) -> list[str]:
     settings = _mapping(settings, where)
     configs = _configs(settings.get("config"), where)
-    return configs + [f"--{key}={_text(value)}" for key, value in settings.items() if key != "config"]
+    return configs + [
+        f"--{key}={_text(value, f'{where}: {key}')}" for key, value in settings.items() if key != "config"
+    ]
 
 
 def _configs(given: Any, where: str) -> list[str]:
@@ -228,9 +229,12 @@ def _configs(given: Any, where: str) -> list[str]:
     return [f"--config={name}" for name in names]
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, where: str) -> str:
     """A value as on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{where} has a value that cannot stand on the command line: {error}") from None
 
 
 def check_distinct(runs: Sequence[Run], configs: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """Reading of runs: the tables that a run leaves in its folder."""
 
-import csv
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.files import LOSSES, SUMMARY, SWEEP, TESTED, TIMES
+from pcnn_lightning.files import LOSSES, SUMMARY, SWEEP, TESTED, TIMES, read_rows
 from pcnn_lightning.reports.compare.settings import read_settings, read_sweep
 
 Row = dict[str, Any]
@@ -118,21 +117,6 @@ def read_run(path: Path, metric: str = "accuracy") -> Run:
 
 def _version(folder: Path) -> tuple[list[int], float]:
     return [int(number) for number in re.findall(r"\d+", folder.name)], (folder / LOSSES).stat().st_mtime
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Read the rows of a table; none if there is no such file.
-
-    Raises:
-        InputError: if it is no table.
-    """
-    if not file.is_file():
-        return []
-    try:
-        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-            return list(csv.DictReader(line.replace("\0", "") for line in lines))
-    except csv.Error as error:
-        raise InputError(f"{file} is not a table: {error}") from error
 
 
 def _parsed(row: dict[str, str]) -> Row:
