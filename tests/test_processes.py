@@ -54,7 +54,6 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
         model = tiny_pcnn(
             network="tiny.TinyNetwork",
             widths=None,
-            small_images=True,
             projections=1,
             convert={"include": "re:main|last", "activations": "threshold"},
             **{**shared, "stage": "ternary"},

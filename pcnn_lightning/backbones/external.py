@@ -45,7 +45,7 @@ class SplitNetwork(Network):
         last = linear[-1]
         image = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(last.module.weight)
         before = evaluate(network, image)
-        _exchange(network, last.name, nn.Identity())
+        network.set_submodule(last.name, nn.Identity())
         self.features, self.classifier = network, cast(nn.Linear, last.module)
         after = evaluate(self, image)
         same = isinstance(before, Tensor) and before.shape == after.shape
@@ -53,11 +53,6 @@ class SplitNetwork(Network):
             raise InputError(
                 f"the logits of {type(network).__name__} must be the output of its last linear layer, {last.name}"
             )
-
-
-def _exchange(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, module)
 
 
 def external_network(
@@ -100,9 +95,10 @@ def external_network(
         raise InputError(f"backbone: {name} needs a convolution and a linear layer")
     last = cast(nn.Linear, linear.module)
     if last.out_features != num_classes:
-        _exchange(network, linear.name, nn.Linear(last.in_features, num_classes, last.bias is not None))
+        network.set_submodule(linear.name, nn.Linear(last.in_features, num_classes, last.bias is not None))
     if small_images or in_channels != 3:
-        _exchange(network, convolution.name, _stem(cast(nn.Conv2d, convolution.module), in_channels, small_images))
+        stem = _stem(cast(nn.Conv2d, convolution.module), in_channels, small_images)
+        network.set_submodule(convolution.name, stem)
     if small_images:
         if not isinstance(getattr(network, "maxpool", None), nn.Module):
             raise InputError(f"small_images needs a ResNet, whose pooling it leaves out, but backbone is {name}")

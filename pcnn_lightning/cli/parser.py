@@ -38,7 +38,7 @@ from pcnn_lightning.cli.run_folder import (
     folders_of,
     requeued_checkpoint,
 )
-from pcnn_lightning.cli.subcommands import OneBitTrainer, summary_of
+from pcnn_lightning.cli.subcommands import OneBitTrainer, image_size_of, summary_of
 from pcnn_lightning.cli.sweep.arguments import add_sweep_arguments, split_arguments
 from pcnn_lightning.data.memory import amount, available_memory
 from pcnn_lightning.devices import computes_bf16
@@ -120,6 +120,7 @@ class OneBitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.image_size", image_size_of, apply_on="instantiate")
         add_run_arguments(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from pcnn_lightning.conversion.report import ConversionReport, ConvertedLayer
 from pcnn_lightning.conversion.trace import Traced, trace
+from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import ProjectionConv2d, QuantizedConv2d
 
 Patterns = str | Sequence[str] | None
@@ -72,8 +73,7 @@ def convert(
     # All are built before the first is put into its place, so that an error changes nothing.
     built = {name: _built(one, layer, options[name], activation) for name, one in chosen.items()}
     for name, module in built.items():
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, module)
+        model.set_submodule(name, module)
     report = ConversionReport([_described(one, reasons[one.name]) for one in traced])
     if include is None and report.share_of_convolution_weights < 0.5:
         left = Counter(one.reason for one in report.layers if one.is_convolution and not one.is_converted)
@@ -172,7 +172,7 @@ def _built(
     try:
         new = layer(*shape, groups=old.groups, bias=old.bias is not None, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{one.name}: {error}") from error
+        raise InputError(f"{one.name}: {error}") from error
     new.to(old.weight)
     if isinstance(new, QuantizedConv2d):  # else it is an inference layer, whose numbers are still to be loaded
         _take_weights(new, old)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcnn_lightning.errors import InputError
+
 Layer = nn.modules.conv._ConvNd | nn.Linear
 
 
@@ -39,7 +41,7 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
         image_shape: (C, H, W).
 
     Raises:
-        ValueError: if the network cannot process such an image.
+        InputError: if the network cannot process such an image.
     """
     layers = {module: Traced(name, module) for name, module in network.named_modules() if isinstance(module, Layer)}
     called: dict[nn.Module, Traced] = {}
@@ -55,7 +57,7 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
     try:
         evaluate(network, torch.zeros(1, *image_shape, dtype=like.dtype, device=like.device))
     except Exception as error:  # whatever a forward method does with images of another size
-        raise ValueError(f"an image of shape {image_shape} cannot pass through the network: {error}") from error
+        raise InputError(f"an image of shape {image_shape} cannot pass through the network: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

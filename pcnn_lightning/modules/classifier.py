@@ -55,6 +55,8 @@ class OneBitClassifier(LightningModule):
     Args:
         num_classes: number of classes.
         in_channels: number of channels of the images.
+        image_size: height and width of the images, for the order and work of the layers of a network to convert; None
+            takes 224×224, or 32×32 if ``small_images``.
         backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
             ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``; or a network to convert,
             such as ``torchvision/resnet18`` or ``timm/resnet18d``.
@@ -106,6 +108,7 @@ class OneBitClassifier(LightningModule):
         *,
         num_classes: int = 10,
         in_channels: int = 3,
+        image_size: list[int] | None = None,
         backbone: str = "wrn22",
         network: str | None = None,
         pretrained: bool | str = False,

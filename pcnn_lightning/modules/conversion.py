@@ -8,12 +8,20 @@ from torch import nn
 from pcnn_lightning.backbones.external import SplitNetwork, converted_network, external_network, users_network
 from pcnn_lightning.checks import check_choice
 from pcnn_lightning.conversion import ConversionReport
-from pcnn_lightning.layers import QuantizedConv2d
 
 ACTIVATIONS = ("real", "sign", "threshold")
 """Inputs of 1-bit layers: real, their signs, or their signs beyond a learned threshold for each channel."""
 OPTIONS = ("include", "exclude", "overrides", "pointwise", "activations")
 """Keys of ``convert``."""
+PACKAGE, LIBRARY, OWN = "this package", "torchvision and timm", "your own"
+MEANT_FOR: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "widths": (None, (PACKAGE,)),
+    "dropout": (0, (PACKAGE,)),
+    "convert": ({}, (LIBRARY, OWN)),
+    "pretrained": (False, (LIBRARY,)),
+    "small_images": (False, (LIBRARY,)),
+}
+"""Arguments about the network: their defaults, and the networks that they are for."""
 
 
 def is_external(hparams: Mapping[str, Any]) -> bool:
@@ -22,18 +30,17 @@ def is_external(hparams: Mapping[str, Any]) -> bool:
 
 
 def check_external(hparams: Mapping[str, Any]) -> None:
-    """Require that arguments about networks from outside, or about this package's, are given to such networks only.
+    """Require that each argument about the network is for a network of that kind.
 
     Raises:
         ValueError: names the argument.
     """
-    external = is_external(hparams)
-    of_others = {"convert": {}, "pretrained": False, "small_images": False}
-    for name, default in ({"widths": None, "dropout": 0} if external else of_others).items():
-        if hparams[name] not in (default, None):
-            whose = "networks of this package" if external else "networks of torchvision, timm and your own"
+    kind = OWN if hparams["network"] is not None else LIBRARY if is_external(hparams) else PACKAGE
+    for name, (default, kinds) in MEANT_FOR.items():
+        if kind not in kinds and hparams[name] not in (default, None):
             network = hparams["network"] or hparams["backbone"]
-            raise ValueError(f"{name} is for {whose}, not for {network}, but got {hparams[name]!r}")
+            whose = " or ".join(kinds)
+            raise ValueError(f"{name} is for networks of {whose}, not for {network}, but got {hparams[name]!r}")
     if unknown := [name for name in hparams["convert"] or {} if name not in OPTIONS]:
         raise ValueError(f"convert must have the keys {', '.join(OPTIONS)} only, but got {unknown[0]}")
 
@@ -63,24 +70,6 @@ def build_external(
     kind = options.pop("activations", "real")
     check_choice("convert.activations", kind, ACTIVATIONS if activation is not nn.Identity else ("real",))
     fronts = {"real": None, "sign": lambda **_: activation(), "threshold": activation}
-    shape = (in_channels, *((32, 32) if hparams["small_images"] else (224, 224)))
-    return converted_network(
-        network, shape, None if hparams["full_precision"] else convolution, activation=fronts[kind], **options
-    )
-
-
-def describe_conversion(hparams: Mapping[str, Any], layers: Mapping[str, QuantizedConv2d]) -> dict[str, Any]:
-    """What a packed file needs to convert the network again.
-
-    Args:
-        hparams: arguments of ``OneBitClassifier``.
-        layers: the 1-bit layers by their names in ``model.net``.
-    """
-    kind = (hparams["convert"] or {}).get("activations", "real")
-    names = (name.removeprefix("features.") for name in layers)
-    return {
-        "layers": {name if kind == "real" else name.removesuffix(".conv"): {} for name in names},
-        "activations": kind,
-        "small_images": hparams["small_images"],
-        "own": hparams["network"] is not None,
-    }
+    size = hparams["image_size"] or ((32, 32) if hparams["small_images"] else (224, 224))
+    layer = None if hparams["full_precision"] else convolution
+    return converted_network(network, (in_channels, *size), layer, activation=fronts[kind], **options)

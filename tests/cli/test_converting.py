@@ -8,13 +8,14 @@ import torch
 from cli_helpers import DIGITS, QUIET, load, same_weights, tensors_in
 from lightning.pytorch import Callback
 from tiny import TinyNetwork
+from torch import nn
 
 from pcnn_lightning.deploy import load_packed, save_packed
 from pcnn_lightning.modules import describe
 
 TRAINING = [*QUIET, "--trainer.max_epochs=1", "--model.eta2=0.01"]
 PCNN = ["--model=PCNN", "--model.projections=2", "--model.stage=ternary", "--stage_switch.epoch=1"]
-OWN = [*DIGITS, *PCNN, "--model.network=tiny.TinyNetwork", "--model.small_images=true", *TRAINING]
+OWN = [*DIGITS, *PCNN, "--model.network=tiny.TinyNetwork", *TRAINING]
 THRESHOLDS = "--model.convert={activations: threshold}"
 
 
@@ -72,6 +73,28 @@ def test_a_packed_network_of_ones_own_is_loaded_by_what_makes_it(command, tmp_pa
     command("test", *DIGITS, "--ckpt_path=own.safetensors").is_refused("own.safetensors", "load_packed(path, network=")
 
 
+class Flattening(nn.Module):
+    """A network for 8×8 images only."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.stem, self.main = nn.Conv2d(in_channels, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 8 * 8, num_classes)
+
+    def forward(self, images):
+        return self.head(self.main(self.stem(images)).flatten(1))
+
+
+def test_a_network_sees_images_of_the_size_of_the_data(command):
+    network = ["--model=BNN", f"--model.network={__name__}.Flattening"]
+    fitted = command("fit", *DIGITS, *network, *QUIET, "--trainer.max_epochs=1", "--model.eta1=0.01")
+    assert fitted.code == 0, fitted.err
+    assert list(fitted.cli.model.one_bit_layers) == ["features.main"]
+    tested = command("test", *DIGITS, *QUIET, "--ckpt_path=runs/default/version_0/checkpoints/last.ckpt")
+    assert tested.code == 0, tested.err
+    command("summary", *DIGITS, *network, "--data.image_size=16").is_refused("(1, 16, 16)", "cannot pass")
+
+
 REFUSED = {
     "an unknown key": (["--model.convert={includes: [a]}"], ("includes", "include, exclude, overrides")),
     "a pattern without a match": (["--model.convert={include: [three]}"], ("'three'", "stem, main, last")),
@@ -90,7 +113,7 @@ def test_mistakes_are_refused_in_one_line(command, name):
 
 def test_arguments_of_conversion_are_for_networks_from_outside(command):
     own = [*DIGITS, "--model=PCNN", "--model.backbone=wrn7", *TRAINING]
-    command("fit", *own, THRESHOLDS).is_refused("convert", "torchvision, timm and your own", "wrn7")
+    command("fit", *own, THRESHOLDS).is_refused("convert", "torchvision and timm or your own", "wrn7")
     command("fit", *own, "--model.pretrained=true").is_refused("pretrained", "wrn7")
     mcn = [*DIGITS, "--model=MCN", "--model.planes=1", "--model.network=tiny.TinyNetwork", *TRAINING]
     command("fit", *mcn, THRESHOLDS).is_refused("activations", "real", "threshold")

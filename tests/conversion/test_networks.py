@@ -1,15 +1,15 @@
 """Networks of torchvision and timm, converted: two training steps, the summary, and every file that is loaded again."""
 
 import functools
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pcnn_lightning.deploy import Description, freeze, load_packed, save_onnx, save_packed
-from pcnn_lightning.modules import BNN, MCN, PCNN
-from pcnn_lightning.modules.conversion import describe_conversion
+from pcnn_lightning.deploy import freeze, load_packed, save_onnx, save_packed
+from pcnn_lightning.modules import BNN, MCN, PCNN, describe
 from pcnn_lightning.reports import summarize
 
 SIZE = 64
@@ -63,19 +63,8 @@ def test_a_network_is_trained_frozen_packed_and_exported(name, family, tmp_path)
     weights = sum(layer.weights for layer in model.conversion.converted)
     assert (total.parameters_2bit if family == "PCNN" else total.parameters_1bit) == weights
 
-    description = Description(
-        family=family,
-        stage=model.stage,
-        backbone=name,
-        num_classes=5,
-        in_channels=3,
-        image_size=(SIZE, SIZE),
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        planes=model.planes,
-        layer=next(iter(model.one_bit_layers.values())).frozen().options,
-        conversion=describe_conversion(model.hparams, model.one_bit_layers),
-    )
+    data = SimpleNamespace(image_shape=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.25,) * 3)
+    description = describe(model, data)
     with torch.no_grad():
         expected = model(images)
         assert torch.equal(freeze(model.net)(images), expected)

@@ -1,14 +1,17 @@
 """Converted networks in OpenVINO and C: what they compute, and what they refuse."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from pcnn_lightning.deploy import Description, compile_c, compile_openvino
+from pcnn_lightning.backbones.external import quarter_resnet18
+from pcnn_lightning.deploy import compile_c, compile_openvino, load_packed, save_packed
 from pcnn_lightning.deploy.packed import PackedNetwork
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.modules import BNN, PCNN
-from pcnn_lightning.modules.conversion import describe_conversion
+from pcnn_lightning.modules import BNN, MCN, PCNN, describe
 
 RUNTIMES = {"openvino": compile_openvino, "c": compile_c}
 
@@ -18,20 +21,8 @@ def packed(model, size=32):
     torch.manual_seed(0)
     for _ in range(3):
         model.train()(torch.randn(4, 3, size, size))
-    description = Description(
-        family=model.family,
-        stage=model.stage,
-        backbone=model.hparams["backbone"],
-        num_classes=10,
-        in_channels=3,
-        image_size=(size, size),
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        planes=model.planes,
-        layer=next(iter(model.one_bit_layers.values())).frozen().options,
-        conversion=describe_conversion(model.hparams, model.one_bit_layers),
-    )
-    return PackedNetwork.of(model.eval().net, description)
+    data = SimpleNamespace(image_shape=(3, size, size), mean=(0.5,) * 3, std=(0.25,) * 3)
+    return PackedNetwork.of(model.eval().net, describe(model, data))
 
 
 @pytest.mark.parametrize("activations", ["real", "sign", "threshold"])
@@ -42,7 +33,6 @@ def test_a_resnet_of_torchvision_has_the_logits_of_torch(runtime, family, activa
     network = packed(
         family(
             network="pcnn_lightning.backbones.external.quarter_resnet18",
-            small_images=True,
             convert={"activations": activations},
             **({"projections": 1} if family is PCNN else {}),
         )
@@ -51,6 +41,25 @@ def test_a_resnet_of_torchvision_has_the_logits_of_torch(runtime, family, activa
     with torch.no_grad():
         logits = network(network.preprocess(images))
     torch.testing.assert_close(RUNTIMES[runtime](network).logits(images), logits, rtol=1e-4, atol=1e-5)
+
+
+OVERRIDES = {
+    "planes of PCNN": (PCNN, {"projections": 4}),
+    "planes of MCN": (MCN, {"planes": 2, "average": True}),
+    "scales": (BNN, {"scaling": "channel"}),
+}
+
+
+@pytest.mark.parametrize(("family", "options"), OVERRIDES.values(), ids=OVERRIDES)
+def test_a_packed_file_knows_the_layers_with_arguments_of_their_own(family, options, tmp_path):
+    own = {"PCNN": {"projections": 1}}.get(family.family, {})
+    network = "pcnn_lightning.backbones.external.quarter_resnet18"
+    model = family(network=network, convert={"overrides": {"layer4.*": options}}, **own)
+    save_packed(model.net, tmp_path / "network.safetensors", packed(model).description)
+    loaded = load_packed(tmp_path / "network.safetensors", network=partial(quarter_resnet18, 10, 3))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
 
 
 class Gated(nn.Module):
@@ -68,6 +77,6 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_has_no_translation_is_named(runtime):
-    model = BNN(network=f"{__name__}.Gated", small_images=True)
+    model = BNN(network=f"{__name__}.Gated")
     with pytest.raises(InputError, match=r"sigmoid.* is neither a module nor a sum"):
         RUNTIMES[runtime](packed(model))
