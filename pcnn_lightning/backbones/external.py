@@ -1,12 +1,15 @@
 """Networks of torchvision, of timm and of the user, as features and a linear classifier."""
 
+import difflib
 import importlib
+import re
 import urllib.error
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,8 @@ from pcnn_lightning.errors import InputError
 
 LIBRARIES = ("torchvision", "timm")
 """Libraries whose networks are named ``library/network``."""
+ACTIVATIONS = ("real", "sign", "threshold")
+"""Inputs of 1-bit layers: real, their signs, or their signs beyond a learned threshold for each channel."""
 
 
 class SplitNetwork(Network):
@@ -45,11 +50,12 @@ class SplitNetwork(Network):
         last = linear[-1]
         image = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(last.module.weight)
         before = evaluate(network, image)
+        if not isinstance(before, Tensor):
+            raise InputError(f"{type(network).__name__} must return logits, but returns a {type(before).__name__}")
         network.set_submodule(last.name, nn.Identity())
         self.features, self.classifier = network, cast(nn.Linear, last.module)
         after = evaluate(self, image)
-        same = isinstance(before, Tensor) and before.shape == after.shape
-        if not same or not (before.is_meta or torch.equal(before, after)):
+        if before.shape != after.shape or not (before.is_meta or torch.equal(before, after)):
             raise InputError(
                 f"the logits of {type(network).__name__} must be the output of its last linear layer, {last.name}"
             )
@@ -65,8 +71,8 @@ def external_network(
 ) -> nn.Module:
     """Build a network of another library.
 
-    Its first convolution is exchanged if ``in_channels`` is not 3, of which the mean of the pretrained weights is kept,
-    and its last linear layer if it does not have ``num_classes`` outputs.
+    Its first convolution is replaced if ``in_channels`` is not 3, with the same response to gray images, and its last
+    linear layer if it does not have ``num_classes`` outputs. Networks of timm are adapted by timm.
 
     Args:
         name: ``torchvision/resnet18``, ``timm/resnet18d`` and the like.
@@ -81,14 +87,13 @@ def external_network(
     check_integer("num_classes", num_classes, 1)
     check_integer("in_channels", in_channels, 1)
     library, _, own = name.partition("/")
-    build = {"torchvision": _of_torchvision, "timm": _of_timm}.get(library)
-    if build is None:
+    if library == "torchvision":
+        network, channels = _of_torchvision(own, pretrained), 3
+    elif library == "timm":
+        network, channels = _of_timm(own, num_classes, in_channels, pretrained), in_channels
+    else:
         raise InputError(f"backbone: {name}: the library must be one of {', '.join(LIBRARIES)}, but got {library}")
-    network = build(own, pretrained is True)
-    if isinstance(pretrained, str):
-        _load(network, pretrained)
-    image_shape = (3, 224, 224)
-    layers = [one for one in trace(network, image_shape) if one.calls]
+    layers = [one for one in trace(network, (channels, 224, 224)) if one.calls]
     convolution = next((one for one in layers if isinstance(one.module, nn.Conv2d)), None)
     linear = next((one for one in reversed(layers) if isinstance(one.module, nn.Linear)), None)
     if convolution is None or linear is None:
@@ -96,9 +101,11 @@ def external_network(
     last = cast(nn.Linear, linear.module)
     if last.out_features != num_classes:
         network.set_submodule(linear.name, nn.Linear(last.in_features, num_classes, last.bias is not None))
-    if small_images or in_channels != 3:
-        stem = _stem(cast(nn.Conv2d, convolution.module), in_channels, small_images)
-        network.set_submodule(convolution.name, stem)
+    if small_images or channels != in_channels:
+        if type(convolution.module) is not nn.Conv2d:
+            kind = type(convolution.module).__name__
+            raise InputError(f"backbone: the first convolution of {name} is a {kind}, which cannot be replaced")
+        network.set_submodule(convolution.name, _stem(convolution.module, in_channels, small_images))
     if small_images:
         if not isinstance(getattr(network, "maxpool", None), nn.Module):
             raise InputError(f"small_images needs a ResNet, whose pooling it leaves out, but backbone is {name}")
@@ -117,7 +124,7 @@ def _stem(old: nn.Conv2d, in_channels: int, small_images: bool) -> nn.Conv2d:
     return new
 
 
-def _of_torchvision(name: str, pretrained: bool) -> nn.Module:
+def _of_torchvision(name: str, pretrained: bool | str) -> nn.Module:
     from torchvision import models  # takes a second to import
 
     if name not in models.list_models(module=models):
@@ -126,9 +133,14 @@ def _of_torchvision(name: str, pretrained: bool) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of GoogLeNet and Inception, about their initial weights
-            network = builder(weights="DEFAULT" if pretrained else None)
+            network = builder(weights="DEFAULT" if pretrained is True else None)
     except (urllib.error.URLError, OSError) as error:
         raise _no_download(f"torchvision/{name}", error) from error
+    if isinstance(pretrained, str):
+        try:
+            network.load_state_dict(_read_weights(pretrained))
+        except RuntimeError as error:
+            raise _does_not_fit(pretrained, error) from error
     if getattr(network, "aux_logits", False):  # auxiliary classifiers, whose logits would come as well
         network.aux_logits = False  # type: ignore[assignment]
         for part in ("aux1", "aux2", "AuxLogits"):
@@ -137,17 +149,22 @@ def _of_torchvision(name: str, pretrained: bool) -> nn.Module:
     return network
 
 
-def _of_timm(name: str, pretrained: bool) -> nn.Module:
+def _of_timm(name: str, num_classes: int, in_channels: int, pretrained: bool | str) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError:
         raise InputError(f"backbone: timm/{name} needs timm: pip install 'pcnn-lightning[timm]'") from None
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name[:6]}*")[:10]
+        close = difflib.get_close_matches(name, timm.list_models(), 10)
         raise InputError(f"backbone: timm has no {name}; names like it are {', '.join(close) or 'none'}")
+    own = {"state_dict": _read_weights(pretrained), "source": ""} if isinstance(pretrained, str) else None
+    shape = {"num_classes": num_classes, "in_chans": in_channels}
     try:
-        return cast(nn.Module, timm.create_model(name, pretrained=pretrained))
+        network = timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=own, **shape)
+        return cast(nn.Module, network)
     except Exception as error:  # of the hub, which has many
+        if isinstance(pretrained, str):
+            raise _does_not_fit(pretrained, error) from error
         if pretrained:
             raise _no_download(f"timm/{name}", error) from error
         raise
@@ -160,20 +177,22 @@ def _no_download(name: str, error: Exception) -> InputError:
     )
 
 
-def _load(network: nn.Module, path: str) -> None:
-    """Load a file of weights, without running code from it."""
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """Read a file of weights, without running code from it."""
     if not Path(path).is_file():
         raise InputError(f"pretrained must be true, false or a file of weights, but there is no file {path}")
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state.get("state_dict", state))
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return cast(dict[str, Tensor], state.get("state_dict", state))
     except Exception as error:  # a damaged file can fail anywhere
-        raise InputError(f"pretrained: {path} does not fit: {' '.join(str(error).split())[:300]}") from error
+        raise _does_not_fit(path, error) from error
+
+
+def _does_not_fit(path: str, error: Exception) -> InputError:
+    said = re.sub(r"\x1b\[\d*m", "", " ".join(str(error).split()))
+    return InputError(f"pretrained: {path} does not fit: {said[:300]}")
 
 
 def users_network(path: str, num_classes: int, in_channels: int) -> nn.Module:
@@ -184,13 +203,21 @@ def users_network(path: str, num_classes: int, in_channels: int) -> nn.Module:
     """
     place, _, name = path.rpartition(".")
     try:
+        if not place:
+            raise ImportError("it names no package")
         build = getattr(importlib.import_module(place), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"network: {path} cannot be imported ({error}): it must be package.function") from error
-    network = build(num_classes=num_classes, in_channels=in_channels)
+    try:
+        network = build(num_classes=num_classes, in_channels=in_channels)
+    except Exception as error:  # whatever the function does
+        raise InputError(
+            f"network: {path}(num_classes={num_classes}, in_channels={in_channels}) failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise InputError(f"network: {path} must return a torch.nn.Module, but returned {type(network).__name__}")
-    return network
+    return network.float()
 
 
 def quarter_resnet18(num_classes: int, in_channels: int) -> nn.Module:
@@ -206,6 +233,11 @@ def quarter_resnet18(num_classes: int, in_channels: int) -> nn.Module:
         setattr(network, f"layer{index + 1}", layer)
     network.fc = nn.Linear(128, num_classes)
     return cast(nn.Module, network)
+
+
+def front_of(activations: str, sign: Callable[..., nn.Module]) -> Callable[..., nn.Module] | None:
+    """What :func:`~pcnn_lightning.conversion.convert` puts in front of 1-bit layers, for one of :data:`ACTIVATIONS`."""
+    return {"real": None, "sign": lambda **_: sign(), "threshold": sign}[activations]
 
 
 def converted_network(

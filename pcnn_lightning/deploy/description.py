@@ -22,7 +22,7 @@ class Description:
     Attributes:
         family: a name in ``pcnn_lightning.families.FAMILIES``.
         stage: a name in ``pcnn_lightning.stages.STAGES``.
-        backbone: a name in ``pcnn_lightning.backbones.BACKBONES``.
+        backbone: a name in ``pcnn_lightning.backbones.BACKBONES``, or that of a network of torchvision or timm.
         num_classes: number of classes.
         in_channels: number of channels of the images.
         image_size: (H, W) of the images, in pixels.
@@ -35,7 +35,7 @@ class Description:
         class_names: names of the classes, by label; None if they have none.
         conversion: of a network from outside this package: ``layers``, the names of its 1-bit layers with their own
             options; ``activations`` in front of them, ``real``, ``sign`` or ``threshold``; whether it is for
-            ``small_images``; and whether it is the user's ``own``, which no file can build.
+            ``small_images``; and the function of the user that makes it, ``own``, or None.
 
     Raises:
         InputError: names what is wrong, its value and what is allowed.
@@ -138,7 +138,8 @@ def _is_conversion(value: Any) -> bool:
         isinstance(layers, dict)
         and all(isinstance(options, dict) and all(map(_is_option, options.values())) for options in layers.values())
         and value["activations"] in ("real", "sign", "threshold")
-        and type(value["small_images"]) is type(value["own"]) is bool
+        and type(value["small_images"]) is bool
+        and (value["own"] is None or isinstance(value["own"], str))
     )
 
 

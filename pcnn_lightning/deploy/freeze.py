@@ -39,6 +39,8 @@ def _freeze(module: nn.Module) -> nn.Module:
         return module.frozen()
     if isinstance(module, nn.BatchNorm2d):
         return _freeze_norm(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_batches_tracked = None  # it counts batches of training
     if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath"):
         return nn.Identity()
     for name, child in module._modules.items():

@@ -64,16 +64,13 @@ class SignActivation(nn.Module):
         assert self.threshold is not None
         if not self.is_set:
             means = x.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=(0, 2, 3))
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(means)
-                means /= torch.distributed.get_world_size()
-            self.threshold.copy_(means)
+            self.threshold.copy_(_over_processes(means))
             self._check(x - self.threshold[:, None, None])
             self.is_set.fill_(True)
         self._is_ready = True
 
     def _check(self, x: Tensor) -> None:
-        positive = float((x >= 0).float().mean())
+        positive = float(_over_processes((x >= 0).float().mean()))
         if (most := max(positive, 1 - positive)) > MOST_OF_ONE_SIGN:
             raise ValueError(
                 f"{self.name or 'SignActivation'}: {most:.1%} of its inputs have the same sign, from which it cannot "
@@ -95,3 +92,11 @@ class SignActivation(nn.Module):
     def extra_repr(self) -> str:
         channels = "" if self.threshold is None else f", threshold={len(self.threshold)}"
         return f"gradient={self.gradient!r}{channels}"
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    """The mean of ``values`` over all processes, of which each has as many images."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values

@@ -137,7 +137,8 @@ class OneBitClassifier(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint has the weights that came of them
+        self._pretrained = pretrained
         self.automatic_optimization = False
         for kind in type(self).__mro__:
             if issubclass(kind, OneBitClassifier) and "__init__" in vars(kind):
@@ -179,11 +180,12 @@ class OneBitClassifier(LightningModule):
         """
         hparams = self.hparams
         self.planes = planes
-        check_external(hparams)
+        about_network = {**hparams, "pretrained": self._pretrained}
+        check_external(about_network)
         self.net: Network
         self.conversion: ConversionReport | None = None
         if is_external(hparams):
-            self.net, self.conversion = build_external(hparams, convolution, activation)
+            self.net, self.conversion = build_external(about_network, convolution, activation)
         else:
             self.net = build_backbone(
                 hparams["backbone"],

@@ -5,12 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from pcnn_lightning.backbones.external import SplitNetwork, converted_network, external_network, users_network
+from pcnn_lightning.backbones.external import (
+    ACTIVATIONS,
+    SplitNetwork,
+    converted_network,
+    external_network,
+    front_of,
+    users_network,
+)
 from pcnn_lightning.checks import check_choice
 from pcnn_lightning.conversion import ConversionReport
 
-ACTIVATIONS = ("real", "sign", "threshold")
-"""Inputs of 1-bit layers: real, their signs, or their signs beyond a learned threshold for each channel."""
 OPTIONS = ("include", "exclude", "overrides", "pointwise", "activations")
 """Keys of ``convert``."""
 PACKAGE, LIBRARY, OWN = "this package", "torchvision and timm", "your own"
@@ -68,8 +73,9 @@ def build_external(
         )
     options = dict(hparams["convert"] or {})
     kind = options.pop("activations", "real")
-    check_choice("convert.activations", kind, ACTIVATIONS if activation is not nn.Identity else ("real",))
-    fronts = {"real": None, "sign": lambda **_: activation(), "threshold": activation}
+    check_choice("convert.activations", kind, ACTIVATIONS)
+    if kind != "real" and activation is nn.Identity:
+        raise ValueError(f"convert.activations must be real, since this model has real activations, but got {kind}")
     size = hparams["image_size"] or ((32, 32) if hparams["small_images"] else (224, 224))
     layer = None if hparams["full_precision"] else convolution
-    return converted_network(network, (in_channels, *size), layer, activation=fronts[kind], **options)
+    return converted_network(network, (in_channels, *size), layer, activation=front_of(kind, activation), **options)

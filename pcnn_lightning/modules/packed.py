@@ -146,14 +146,18 @@ def _layer_options(layers: list[QuantizedConv2d]) -> dict[str, Any]:
 def _conversion(model: OneBitClassifier, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What a packed file needs to convert the network again; ``shared`` are the options of all its 1-bit layers."""
     kind = (model.hparams["convert"] or {}).get("activations", "real")
+    converted = {one.name for one in model.conversion.converted} if model.conversion is not None else set()
     layers = {}
     for name, layer in model.one_bit_layers.items():
         options = {"planes": layer.planes, **layer.frozen().options}
         original = name.removeprefix("features.")
-        layers[original if kind == "real" else original.removesuffix(".conv")] = {
+        original = original if kind == "real" else original.removesuffix(".conv")
+        if original not in converted:
+            raise InputError(f"{original} was a 1-bit layer before the conversion, and cannot be described")
+        layers[original] = {
             option: value
             for option, value in options.items()
             if value != {"planes": model.planes, **shared}.get(option)
         }
-    small_images, own = model.hparams["small_images"], model.hparams["network"] is not None
+    small_images, own = model.hparams["small_images"], model.hparams["network"]
     return {"layers": layers, "activations": kind, "small_images": small_images, "own": own}

@@ -61,6 +61,26 @@ def scaled(num_classes, in_channels):
     return nn.Sequential(*layers, nn.LogSoftmax(dim=1))
 
 
+def pair(num_classes, in_channels):
+    class Pair(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images), images
+
+    return Pair(nn.Conv2d(in_channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def in_double(num_classes, in_channels):
+    return scaled(num_classes, in_channels).double()
+
+
+def by_position(count):
+    return count
+
+
+def failing(num_classes, in_channels):
+    raise KeyError("width")
+
+
 def without_linear(num_classes, in_channels):
     return nn.Sequential(nn.Conv2d(in_channels, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -72,6 +92,8 @@ def a_number(num_classes, in_channels):
 def test_networks_that_cannot_be_split_are_refused():
     with pytest.raises(InputError, match="Sequential must be the output of its last linear layer, 3"):
         SplitNetwork(users_network(f"{__name__}.scaled", 5, 3), (3, 16, 16))
+    with pytest.raises(InputError, match="Pair must return logits, but returns a tuple"):
+        SplitNetwork(users_network(f"{__name__}.pair", 5, 3), (3, 16, 16))
     with pytest.raises(InputError, match="Sequential has no linear layer"):
         SplitNetwork(users_network(f"{__name__}.without_linear", 5, 3), (3, 16, 16))
 
@@ -107,6 +129,29 @@ def test_weights_that_cannot_be_downloaded_are_asked_for_as_a_file(monkeypatch):
         external_network("torchvision/resnet18", 10, 3, pretrained=True)
 
 
+def test_a_network_of_ones_own_is_trained_in_single_precision():
+    network = users_network(f"{__name__}.in_double", 5, 3)
+    assert {value.dtype for value in network.parameters()} == {torch.float32}
+
+
+def test_networks_of_timm_are_adapted_by_timm(tmp_path):
+    """A stem with a padding of its own stays what it is, with the same response to gray images."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    original = timm.create_model("tf_efficientnet_b0").eval()
+    torch.save(original.state_dict(), tmp_path / "weights.pt")
+    network = external_network("timm/tf_efficientnet_b0", 5, 1, pretrained=str(tmp_path / "weights.pt")).eval()
+    assert type(network.conv_stem) is type(original.conv_stem)
+    gray = torch.randn(1, 1, 64, 64)
+    same = original.conv_stem(gray.expand(1, 3, 64, 64))
+    torch.testing.assert_close(network.conv_stem(gray), same, rtol=1e-4, atol=1e-5)
+    assert network.classifier.out_features == 5
+    with pytest.raises(InputError, match=r"names like it are .*resnet18"):
+        external_network("timm/resnt18", 10, 3)
+    with pytest.raises(InputError, match="first convolution of timm/nf_resnet26 is a ScaledStdConv2d"):
+        external_network("timm/nf_resnet26", 10, 3, small_images=True)
+
+
 def test_timm_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match=r"pip install 'pcnn-lightning\[timm\]'"):
@@ -118,6 +163,9 @@ def test_timm_is_asked_for_where_it_is_missing(monkeypatch):
     [
         ("nowhere.build", "nowhere.build cannot be imported"),
         (f"{__name__}.nothing", "cannot be imported"),
+        ("nets", r"nets cannot be imported \(it names no package\): it must be package.function"),
+        (f"{__name__}.by_position", r"by_position\(num_classes=5, in_channels=3\) failed: TypeError: .*argument"),
+        (f"{__name__}.failing", "failed: KeyError: 'width'"),
         ("build", "it must be package.function"),
         (f"{__name__}.a_number", "must return a torch.nn.Module, but returned int"),
     ],

@@ -9,6 +9,7 @@ from cli_helpers import DIGITS, QUIET, load, same_weights, tensors_in
 from lightning.pytorch import Callback
 from tiny import TinyNetwork
 from torch import nn
+from torchvision.models import resnet18
 
 from pcnn_lightning.deploy import load_packed, save_packed
 from pcnn_lightning.modules import describe
@@ -93,6 +94,17 @@ def test_a_network_sees_images_of_the_size_of_the_data(command):
     tested = command("test", *DIGITS, *QUIET, "--ckpt_path=runs/default/version_0/checkpoints/last.ckpt")
     assert tested.code == 0, tested.err
     command("summary", *DIGITS, *network, "--data.image_size=16").is_refused("(1, 16, 16)", "cannot pass")
+
+
+def test_a_checkpoint_does_without_the_file_of_pretrained_weights(command):
+    torch.save(resnet18(num_classes=1000).state_dict(), "weights.pt")
+    network = ["--model=BNN", "--model.backbone=torchvision/resnet18", "--model.pretrained=weights.pt"]
+    fitted = command("fit", *DIGITS, *network, *QUIET, "--trainer.max_epochs=1", "--model.eta1=0.01")
+    assert fitted.code == 0, fitted.err
+    Path("weights.pt").unlink()
+    tested = command("test", *DIGITS, *QUIET, "--ckpt_path=runs/default/version_0/checkpoints/last.ckpt")
+    assert tested.code == 0, tested.err
+    assert fitted.cli.model.twin().net is not None
 
 
 REFUSED = {

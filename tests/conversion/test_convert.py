@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.pointwise = nn.Conv2d(8, 8, 1, bias=False)
-        self.main = nn.Conv2d(4, 8, 3, padding=1, dilation=1)
+        self.main = nn.Conv2d(4, 8, 3, padding=2, dilation=2)
         self.unused = nn.Conv2d(4, 8, 3)
         self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
 
@@ -167,6 +167,93 @@ def test_1_bit_activations_have_a_threshold_for_each_input_channel():
     assert 0.02 < (signs > 0).float().mean() < 0.98
 
 
+class Aliased(nn.Module):
+    """A convolution that is called by its second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.block = nn.Sequential(self.conv, nn.ReLU())
+
+    def forward(self, images):
+        return self.block(self.stem(images))
+
+
+def test_a_layer_with_two_names_is_replaced_under_both():
+    network = Aliased()
+    converted(network)
+    assert isinstance(network.conv, ProjectionConv2d)
+    assert network.block[0] is network.conv
+
+
+class Listed(nn.Module):
+    """A convolution that is called from an ordinary list."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.order = [self.stem, self.conv]
+
+    def forward(self, images):
+        for layer in self.order:
+            images = layer(images)
+        return images
+
+
+class Reading(nn.Module):
+    """A network that reads the weight of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, images):
+        return self.conv(self.stem(images)) * self.conv.weight.mean()
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, images):
+        return self.conv(self.stem(input=images))
+
+
+def test_inputs_may_be_given_by_keyword():
+    assert [layer.name for layer in converted(ByKeyword()).converted] == ["conv"]
+
+
+def test_the_last_stage_of_a_small_image_is_not_taken_for_squeeze_and_excitation():
+    """At 32×32, its feature maps have one pixel."""
+    shares = []
+    for size in (32, 224):
+        network = models.mobilenet_v2(num_classes=5)
+        report = convert(network, pointwise=True, image_shape=(3, size, size))
+        shares.append(report.share_of_weights)
+    assert shares[0] == shares[1]
+    network = models.efficientnet_b0(num_classes=5)
+    report = convert(network, pointwise=True, image_shape=SHAPE)
+    squeezes = [layer.reason for layer in report.layers if ".fc1" in layer.name or ".fc2" in layer.name]
+    assert set(squeezes) == {"1×1 on pooled features"}
+
+
+def test_layers_keep_dtype_padding_and_what_is_not_trained():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, (3, 1), padding=(2, 0)), nn.Conv2d(4, 4, 3, padding="same", dilation=2)]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), *layers).double().requires_grad_(False)
+    original = copy.deepcopy(network)
+    converted(network)
+    for index in (1, 2):
+        layer = network[index]
+        assert layer.weight.dtype == layer.bias.dtype == torch.float64
+        assert not layer.weight.requires_grad
+        assert not layer.bias.requires_grad
+        original[index].weight.data = layer.quantized_weight()
+    images = torch.randn(2, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(network(images), original(images))
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,6 +269,24 @@ class Standardized(nn.Conv2d):
     def forward(self, x):
         weight = (self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)) / self.weight.std()
         return F.conv2d(x, weight, self.bias)
+
+
+def tied():
+    first, second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    second.weight = first.weight
+    return after_a_stem(first, second)
+
+
+def patched():
+    layer = nn.Conv2d(4, 4, 3)
+    layer.forward = lambda x: F.conv2d(x, layer.weight.abs())
+    return after_a_stem(layer)
+
+
+def hooked():
+    layer = nn.Conv2d(4, 4, 3)
+    layer.register_forward_hook(lambda _, __, output: output.abs())
+    return after_a_stem(layer)
 
 
 def after_a_stem(*modules):
@@ -200,13 +305,16 @@ ASKED_FOR = {
     "a parametrized one": (after_a_stem(parametrizations.weight_norm(nn.Conv2d(4, 4, 3))), "1", "parametrization"),
     "another padding mode": (after_a_stem(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), "1", "reflect"),
     "a layer that is used twice": (Twice(), "again", "2 times"),
+    "tied weights": (tied(), "1", "it shares its weight with another layer"),
+    "a patched one": (patched(), "1", "Conv2d has a forward method of its own"),
+    "one with a hook": (hooked(), "1", "parametrization or hook"),
+    "one called from a list": (Listed(), "conv", "by a reference that is no submodule"),
 }
 
 
 @pytest.mark.parametrize("name", ASKED_FOR)
 def test_what_cannot_be_converted_is_refused_if_asked_for(name):
     network, path, said = ASKED_FOR[name]
-    network = copy.deepcopy(network)
     kinds = {key: type(module) for key, module in network.named_modules()}
     with pytest.raises(ValueError, match=f"^{path} cannot become 1-bit: .*{said}"):
         convert(network, image_shape=SHAPE, include=[path])
@@ -232,6 +340,18 @@ def test_what_cannot_be_converted_is_named_in_the_table():
         (Block(), {"overrides": {"main": {"planets": 2}}}, "main: .*planets"),
         (Block(), {"layer": partial(ProjectionConv2d, projections=3)}, "main: projections must divide"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), {}, "no convolution became 1-bit: 1 × the first convolution"),
+        (Listed(), {}, "conv cannot become 1-bit: the network calls it by a reference"),
+        (Reading(), {"activation": SignActivation}, "cannot work with 1-bit layers .*: .*no attribute 'weight'"),
+        (nn.Conv2d(3, 4, 3), {"include": "*"}, "put it into an nn.Sequential"),
+        (
+            models.resnet18(),
+            {"include": "layer1"},
+            r"'layer1' matches no convolution; there are layer1\.\* for those in it",
+        ),
+        (Block(), {"layer": nn.Conv2d}, "layer must make 1-bit convolutions, but made a Conv2d"),
+        (Block(), {"overrides": {"main": {"stride": 2}}}, "main: stride is that of the convolution"),
+        (Block(), {"pointwise": "nope"}, "pointwise must be true or false, but got 'nope'"),
+        (Block(), {"overrides": {"re:(": {}}}, "overrides: .* is no regular expression"),
         (nn.Sequential(nn.Conv2d(5, 4, 3)), {}, r"an image of shape \(3, 32, 32\) cannot pass"),
     ],
 )
@@ -239,8 +359,16 @@ def test_mistakes_are_refused_and_change_nothing(network, options, said):
     network = copy.deepcopy(network)
     kinds = {key: type(module) for key, module in network.named_modules()}
     with pytest.raises(ValueError, match=said):
-        convert(network, image_shape=SHAPE, **options)
+        convert(network, **{"image_shape": SHAPE, "layer": BinaryConv2d, **options})
     assert {key: type(module) for key, module in network.named_modules()} == kinds
+
+
+@pytest.mark.parametrize(
+    "options", [{"include": 5}, {"exclude": [5]}, {"overrides": ["a"]}, {"overrides": {"main": 2}}]
+)
+def test_arguments_of_other_types_are_refused(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} must be .*, but got"):
+        convert(Block(), image_shape=SHAPE, **options)
 
 
 def test_a_network_that_stays_mostly_real_is_warned_of():
