@@ -29,7 +29,7 @@ class SplitNetwork(Network):
     """A network whose last layer is linear, as features and a classifier.
 
     Args:
-        network: the network; its last linear layer is exchanged for the identity.
+        network: the network; its last linear layer is replaced by the identity.
         image_shape: (C, H, W) of an image that it can process.
 
     Attributes:

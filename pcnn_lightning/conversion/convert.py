@@ -1,4 +1,4 @@
-"""Exchanging the convolutions of a network for 1-bit convolutions."""
+"""Replacing the convolutions of a network by 1-bit convolutions."""
 
 import re
 import warnings
@@ -34,7 +34,7 @@ def convert(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     pointwise: bool = False,
 ) -> ConversionReport:
-    """Exchange convolutions of a network for 1-bit convolutions, in place.
+    """Replace convolutions of a network by 1-bit convolutions, in place.
 
     Without ``include``, the first convolution, 1×1 convolutions and grouped ones, depthwise included, stay real, as do
     linear layers. The latent weights of a 1-bit layer start from the weights of the convolution, so that a pretrained

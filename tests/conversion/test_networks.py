@@ -1,6 +1,7 @@
 """Networks of torchvision and timm, converted: two training steps, the summary, and every file that is loaded again."""
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnxruntime
@@ -8,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pcnn_lightning.backbones.external import external_network
+from pcnn_lightning.conversion import convert
 from pcnn_lightning.deploy import freeze, load_packed, save_onnx, save_packed
+from pcnn_lightning.layers import BinaryConv2d
 from pcnn_lightning.modules import BNN, MCN, PCNN, describe
 from pcnn_lightning.reports import summarize
 
@@ -32,6 +36,7 @@ NETWORKS = {
     "timm/convnext_tiny": {"include": "re:stages.*"},
     "timm/mobilenetv3_small_100": {"pointwise": True},
 }
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "converting.md"
 QUICK = ("torchvision/resnet18",)
 
 
@@ -78,3 +83,18 @@ def test_a_network_is_trained_frozen_packed_and_exported(name, family, tmp_path)
         pixels = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
         (logits,) = session.run(None, {"images": pixels.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), packed(packed.preprocess(pixels)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:only .* of the weights of convolutions")
+def test_the_guide_has_the_shares_of_each_network(name):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    (line,) = [line for line in GUIDE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name}")]
+    with torch.device("meta"):
+        network = external_network(name, 5, 3)
+    report = convert(network, BinaryConv2d, **NETWORKS[name])
+    shares = [report.share_of_convolution_weights, report.share_of_weights, report.share_of_macs]
+    cells = [cell.strip() for cell in line.strip("|").split("|")][2:]
+    assert cells == [str(len(report.converted)), *(f"{100 * share:.1f} %" for share in shares)]
