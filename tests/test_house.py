@@ -14,19 +14,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "functional": set(),
     "layers": {"functional"},
     "losses": {"layers"},
-    "backbones": {"layers"},
+    "conversion": {"layers"},
+    "backbones": {"conversion", "layers"},
     "families": {"layers"},
     "checkpoints": set(),
     "deploy": {"backbones", "families", "layers"},
     "data": set(),
     "loggers": {"losses"},
     "callbacks": {"checkpoints", "functional", "layers", "loggers", "losses"},
-    "modules": {"backbones", "checkpoints", "deploy", "functional", "layers", "losses"},
+    "modules": {"backbones", "checkpoints", "conversion", "deploy", "functional", "layers", "losses"},
     "reports": {"deploy", "layers", "modules"},
     "cli": {"callbacks", "checkpoints", "data", "deploy", "families", "loggers", "modules", "reports"},
     "__main__": {"cli"},
 }
-WITHOUT_LIGHTNING = ("functional", "layers", "losses", "backbones", "families", "deploy")
+WITHOUT_LIGHTNING = ("functional", "layers", "losses", "conversion", "backbones", "families", "deploy")
 
 
 def imports(path):

@@ -50,6 +50,14 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     model: Any
     if family == "PCNN":
         model = tiny_pcnn(stage="ternary", reinit_projection=True, eta=0.3, projection_loss_weight=0.1, **shared)
+    elif family == "converted":
+        model = tiny_pcnn(
+            network="tiny.TinyNetwork",
+            widths=None,
+            projections=1,
+            convert={"include": "re:main|last", "activations": "threshold"},
+            **{**shared, "stage": "ternary"},
+        )
     else:
         model = tiny_mcn(levels=3, filter_loss_weight=0.1, **shared)
     model = model.double()
@@ -70,7 +78,7 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("family", ["PCNN", "MCN"])
+@pytest.mark.parametrize("family", ["PCNN", "MCN", "converted"])
 def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
     results = {}
     for processes in (1, 2):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pcnn_lightning import MCN, PCNN, Digits
@@ -18,6 +19,22 @@ def tiny_pcnn(**arguments: Any) -> PCNN:
 def tiny_mcn(**arguments: Any) -> MCN:
     defaults = {"in_channels": 1, "backbone": "mcn8", "widths": [2, 2, 2, 2], "planes": 2, "schedule": "constant"}
     return MCN(**{**defaults, "eta1": 0.05, "eta2": 0.01, **arguments})
+
+
+class TinyNetwork(nn.Module):
+    """A network from outside the package: ReLUs in front of its convolutions, a bias, and a sum."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(in_channels, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.main, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1, bias=False)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.stem(images)).relu()
+        x = (x + self.main(x)).relu()
+        logits: Tensor = self.head(self.last(x).mean(dim=(2, 3)))
+        return logits
 
 
 def tiny_digits(**arguments: Any) -> Digits:

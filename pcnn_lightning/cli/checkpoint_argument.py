@@ -11,7 +11,7 @@ from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import is_packed
 
 LINKED = {"num_classes": 10, "in_channels": 3}
-"""Arguments that a model takes from its data, with their defaults."""
+"""Arguments that a model takes from its data, with their defaults; ``image_size`` is another one."""
 
 
 def checkpoint_argument(args: list[str]) -> str | None:
@@ -35,7 +35,7 @@ def model_config(path: str) -> str:
     hparams = {
         name: value
         for name, value in checkpoint["hyper_parameters"].items()
-        if name not in LINKED and not name.startswith("_")
+        if name not in (*LINKED, "image_size") and not name.startswith("_")
     }
     saved = checkpoint["one_bit"]
     class_path, family = saved.get("class_path"), FAMILIES.get(saved.get("family"))

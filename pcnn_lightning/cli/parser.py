@@ -38,7 +38,7 @@ from pcnn_lightning.cli.run_folder import (
     folders_of,
     requeued_checkpoint,
 )
-from pcnn_lightning.cli.subcommands import OneBitTrainer, summary_of
+from pcnn_lightning.cli.subcommands import OneBitTrainer, image_size_of, summary_of
 from pcnn_lightning.cli.sweep.arguments import add_sweep_arguments, split_arguments
 from pcnn_lightning.data.memory import amount, available_memory
 from pcnn_lightning.devices import computes_bf16
@@ -47,6 +47,7 @@ from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import SUMMARY, is_packed, write_whole
 from pcnn_lightning.modules import OneBitClassifier, PackedClassifier
 from pcnn_lightning.reports import NetworkSummary, compare
+from pcnn_lightning.tables import filled
 
 WITHOUT_MODEL = ("compare", "sweep")
 """Subcommands that have no model, data and trainer."""
@@ -119,6 +120,7 @@ class OneBitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.image_size", image_size_of, apply_on="instantiate")
         add_run_arguments(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -190,8 +192,9 @@ class OneBitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             cause: BaseException = error
-            while (inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)) is not None:
-                cause = inner  # the message of the class itself, not of the parser
+            # The message of the class itself, not of the parser; an InputError says it all.
+            while not isinstance(cause, InputError) and (inner := _inner(cause)) is not None:
+                cause = inner
             raise InputError(str(cause)) from error
 
     def after_instantiate_classes(self) -> None:
@@ -283,6 +286,8 @@ class OneBitCLI(LightningCLI):
         if wanted and hasattr(self.datamodule, "image_shape"):
             counts = summary_of(self.model, self.datamodule)
             print(counts.table(), end="\n\n")
+            if self.model.conversion is not None:
+                print(filled(self.model.conversion.total()), end="\n\n")
             self._write_summary(counts)
             self._warn_of_memory(counts)
         if str(self.trainer.precision).startswith("bf16") and not computes_bf16(self.trainer.strategy.root_device):
@@ -339,3 +344,7 @@ class OneBitCLI(LightningCLI):
             load_checkpoint(path)  # says what can be done with it
         safely = {} if subcommand == "export" else {"weights_only": True}
         return {**kwargs, "ckpt_path": path, **safely}
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)

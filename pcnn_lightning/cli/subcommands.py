@@ -231,3 +231,8 @@ def image_shape_of(datamodule: LightningDataModule) -> tuple[int, int, int]:
         raise InputError(f"{type(datamodule).__name__} has no image_shape (channels, height, width)")
     shape: tuple[int, int, int] = datamodule.image_shape
     return shape
+
+
+def image_size_of(datamodule: LightningDataModule) -> list[int] | None:
+    """[H, W] of the images that a network is given; None if the data module does not say it."""
+    return list(datamodule.image_shape[1:]) if hasattr(datamodule, "image_shape") else None

@@ -22,7 +22,7 @@ class Description:
     Attributes:
         family: a name in ``pcnn_lightning.families.FAMILIES``.
         stage: a name in ``pcnn_lightning.stages.STAGES``.
-        backbone: a name in ``pcnn_lightning.backbones.BACKBONES``.
+        backbone: a name in ``pcnn_lightning.backbones.BACKBONES``, or that of a network of torchvision or timm.
         num_classes: number of classes.
         in_channels: number of channels of the images.
         image_size: (H, W) of the images, in pixels.
@@ -33,6 +33,9 @@ class Description:
         sign_activations: whether the 1-bit layers convolve signs, not real-valued activations.
         layer: ``options`` of the frozen 1-bit layers.
         class_names: names of the classes, by label; None if they have none.
+        conversion: of a network from outside this package: ``layers``, the names of its 1-bit layers with their own
+            options; ``activations`` in front of them, ``real``, ``sign`` or ``threshold``; whether it is for
+            ``small_images``; and the function of the user that makes it, ``own``, or None.
 
     Raises:
         InputError: names what is wrong, its value and what is allowed.
@@ -51,6 +54,7 @@ class Description:
     sign_activations: bool = True
     layer: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
+    conversion: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "mean", "std", "widths", "class_names"):
@@ -59,7 +63,9 @@ class Description:
         known = isinstance(self.family, str) and self.family in FAMILIES
         self._require("family", known, f"one of {', '.join(FAMILIES)}, or registered by register_family")
         self._one_of("stage", (*FAMILIES[self.family].layer.stages, "full_precision"))
-        self._one_of("backbone", tuple(BACKBONES))
+        if self.conversion is None:
+            self._one_of("backbone", tuple(BACKBONES))
+        self._require("conversion", self.conversion is None or _is_conversion(self.conversion), "None, or a conversion")
         self._one_of("sign_activations", (False, True))
         options = isinstance(self.layer, dict) and all(map(_is_option, self.layer.values()))
         self._require("layer", options, "an object of strings, integers, booleans and nulls")
@@ -76,8 +82,8 @@ class Description:
         self._require("class_names", named, f"None, or {self.num_classes} strings, as many as num_classes")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
-        return asdict(self)
+        """Return the fields, ready for JSON; without ``conversion`` if there is none, as files had it before."""
+        return {name: value for name, value in asdict(self).items() if name != "conversion" or value is not None}
 
     @classmethod
     def from_dict(cls, content: object) -> "Description":
@@ -87,7 +93,7 @@ class Description:
             InputError: if ``content`` is not such an object.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
+        if not isinstance(content, dict) or set(content) | {"conversion"} != names:
             raise InputError(f"its description must be an object of {', '.join(sorted(names))}")
         return cls(**content)
 
@@ -122,6 +128,19 @@ def _is_std(value: object) -> bool:
 
 def _is_option(value: object) -> bool:
     return value is None or type(value) in (str, int, bool)
+
+
+def _is_conversion(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"layers", "activations", "small_images", "own"}:
+        return False
+    layers = value["layers"]
+    return (
+        isinstance(layers, dict)
+        and all(isinstance(options, dict) and all(map(_is_option, options.values())) for options in layers.values())
+        and value["activations"] in ("real", "sign", "threshold")
+        and type(value["small_images"]) is bool
+        and (value["own"] is None or isinstance(value["own"], str))
+    )
 
 
 def _is_text(value: object) -> bool:

@@ -34,7 +34,7 @@ def save_onnx(network: nn.Module, path: str | os.PathLike[str], description: Des
     """Write a network as an ONNX model, atomically.
 
     Args:
-        network: a network with a registered backbone, trained or frozen.
+        network: a network that ``description`` describes, trained or frozen.
         path: the file to write.
         description: description of the network.
 
@@ -68,7 +68,7 @@ def save_torch(network: nn.Module, path: str | os.PathLike[str], description: De
     """Write a network as a ``torch.export`` program, atomically.
 
     Args:
-        network: a network with a registered backbone, trained or frozen.
+        network: a network that ``description`` describes, trained or frozen.
         path: the file to write.
         description: description of the network.
 

@@ -2,7 +2,8 @@
 
 A frozen network has the modules of the trained one under the same names, with three exceptions: each 1-bit layer is
 replaced by its inference layer (:meth:`QuantizedConv2d.frozen`), ``nn.BatchNorm2d`` by :class:`FrozenBatchNorm2d`, and
-dropout by the identity. Another runtime can walk the modules and read everything it needs from their attributes.
+dropout, also of whole blocks, by the identity. Another runtime can walk the modules and read everything it needs from
+their attributes.
 """
 
 import copy
@@ -10,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, QuantizedConv2d
+from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, QuantizedConv2d, SignActivation
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -34,14 +35,27 @@ def _freeze(module: nn.Module) -> nn.Module:
     """Return the frozen counterpart of ``module``, replacing its children in place."""
     if isinstance(module, QuantizedConv2d):
         return _freeze_layer(module)
+    if isinstance(module, SignActivation) and module.threshold is not None:
+        return module.frozen()
     if isinstance(module, nn.BatchNorm2d):
-        return FrozenBatchNorm2d.of(module)
-    if isinstance(module, nn.Dropout):
+        return _freeze_norm(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_batches_tracked = None  # it counts batches of training
+    if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath"):
         return nn.Identity()
     for name, child in module._modules.items():
         if child is not None:
             setattr(module, name, _freeze(child))
     return module
+
+
+def _freeze_norm(module: nn.BatchNorm2d) -> nn.Module:
+    frozen = FrozenBatchNorm2d.of(module)
+    if type(module).forward is nn.BatchNorm2d.forward:
+        return frozen
+    if type(module).__name__ == "BatchNormAct2d":  # timm's, which goes on with an activation
+        return nn.Sequential(frozen, module.drop, module.act)  # type: ignore[arg-type]
+    raise ValueError(f"{type(module).__name__} has a forward method of its own, and cannot be frozen")
 
 
 def _freeze_layer(layer: QuantizedConv2d) -> FrozenConv2d:

@@ -58,7 +58,7 @@ def save_openvino(network: nn.Module, path: str | os.PathLike[str], description:
     """Write a network as an OpenVINO model, ``NAME.xml`` and ``NAME.bin``, each of them atomically.
 
     Args:
-        network: a network with a registered backbone, trained or frozen.
+        network: a network that ``description`` describes, trained or frozen.
         path: the ``.xml`` file to write; the ``.bin`` file is written beside it.
         description: description of the network.
 

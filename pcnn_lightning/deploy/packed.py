@@ -21,7 +21,8 @@ import math
 import os
 import reprlib
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pcnn_lightning.backbones import BACKBONES, Network, build_backbone
+from pcnn_lightning.backbones.external import converted_network, external_network, front_of, users_network
 from pcnn_lightning.deploy.description import Description
 from pcnn_lightning.deploy.freeze import freeze
 from pcnn_lightning.errors import InputError
@@ -39,6 +41,9 @@ from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import write_whole
 from pcnn_lightning.layers import SignActivation
 from pcnn_lightning.version import __version__
+
+Factory = Callable[[], nn.Module]
+"""Makes a network of the user's own, before its conversion."""
 
 FORMAT_VERSION = 2
 _KEY = "pcnn_lightning"
@@ -83,7 +88,10 @@ class PackedNetwork(Network):
             frozen = freeze(network).cpu().float()
         except ValueError as error:
             raise InputError(f"the network cannot be exported: {error}") from error
-        if _layout(frozen) != _layout(_skeleton(description)):
+        own = None
+        if description.conversion is not None and (path := description.conversion["own"]) is not None:
+            own = partial(users_network, path, description.num_classes, description.in_channels)
+        if _layout(frozen) != _layout(_skeleton(description, own)):
             raise InputError(f"the network is not the one of its description, {description}")
         if not all(tensor.isfinite().all() for tensor in frozen.state_dict().values()):
             raise InputError("the network cannot be exported: it holds NaN or infinite values")
@@ -113,27 +121,33 @@ def save_packed(network: nn.Module, path: str | os.PathLike[str], description: D
     """Write a network as a packed file, atomically.
 
     Args:
-        network: a network with a registered backbone, trained or frozen; its floats are written as float32.
+        network: a network that ``description`` describes, trained or frozen; its floats are written as float32.
         path: the file to write.
         description: description of the network, from which it can be rebuilt.
 
     Raises:
         InputError: if the description is of another network, a value is not finite, or the file cannot be written.
     """
-    codes, floats = _pack(PackedNetwork.of(network, description))
+    frozen = PackedNetwork.of(network, description)
+    codes, floats = _pack(frozen)
     header = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "description": description.as_dict(),
         "crc32": _checksum(description, codes, floats),
+        "layout_crc32": _layout_checksum(frozen),
     }
     write_whole(Path(path), save({"codes": codes, "floats": floats}, {_KEY: _to_json(header)}))
 
 
-def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
+def load_packed(path: str | os.PathLike[str], network: Factory | None = None) -> PackedNetwork:
     """Load a network from a packed file onto the CPU.
 
-    No code from the file is executed, and no more memory is allocated than its values need.
+    No code from the file is executed. No more memory is allocated than its values need, but for what ``network`` makes.
+
+    Args:
+        path: the file.
+        network: makes the network that was converted, if it is the user's own.
 
     Raises:
         InputError: if the file does not exist, is damaged, is of another kind or version, does not hold the network
@@ -141,39 +155,42 @@ def load_packed(path: str | os.PathLike[str]) -> PackedNetwork:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            description, checksum = _read_header(file.metadata())
-            network = _skeleton(description)
-            _check_sizes(network, file)
+            description, checksum, layout = _read_header(file.metadata())
+            skeleton = _skeleton(description, network)
+            if layout not in (None, _layout_checksum(skeleton)):
+                raise _Unsupported("is of another network than the one that is made for it now")
+            _check_sizes(skeleton, file)
             codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
             if _checksum(description, codes, floats) != checksum:
                 raise InputError("its checksum is not that of what it holds")
             if not floats.isfinite().all():
                 raise InputError("it holds NaN or infinite values")
-            _unpack(network, codes, floats)
+            _unpack(skeleton, codes, floats)
     except FileNotFoundError:
         raise InputError(f"there is no packed network {path}") from None
     except _Unsupported as error:
         raise InputError(f"{path} {error}") from None
     except (SafetensorError, OSError, InputError) as error:
         raise InputError(f"{path} is damaged or no packed network of pcnn_lightning: {error}") from None
-    return PackedNetwork(network, description).eval()
+    return PackedNetwork(skeleton, description).eval()
 
 
-def _skeleton(description: Description) -> Network:
+def _skeleton(description: Description, own: Factory | None = None) -> Network:
     """Build the described frozen network from tensors that have a shape but no memory.
 
     Raises:
         InputError: if there is no such network.
     """
-    one_bit = description.stage != "full_precision"
     layer = FAMILIES[description.family].layer
 
-    def convolution(*shape: Any, planes: int = description.planes, **own: Any) -> nn.Module:
-        if one_bit:
-            return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **(description.layer | own))
-        return nn.Conv2d(*shape, **{"bias": False, **own})
+    def convolution(*shape: Any, planes: int = description.planes, **options: Any) -> nn.Module:
+        if description.stage == "full_precision":
+            return nn.Conv2d(*shape, **{"bias": False, **options})
+        return layer.empty_frozen(*shape, stage=description.stage, planes=planes, **(description.layer | options))
 
     try:
+        if description.conversion is not None:
+            return cast(Network, freeze(_converted(description, description.conversion, convolution, own)))
         with torch.device("meta"):
             network = build_backbone(
                 description.backbone,
@@ -185,13 +202,55 @@ def _skeleton(description: Description) -> Network:
                 planes=description.planes,
             )
             return cast(Network, freeze(network))
+    except _Unsupported:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: more elements than torch can count
         raise InputError(f"there is no such network: {str(error).splitlines()[0]}") from error
+
+
+def _converted(
+    description: Description, conversion: dict[str, Any], convolution: Callable[..., nn.Module], own: Factory | None
+) -> nn.Module:
+    """A network from outside this package, converted, on tensors without memory."""
+    with torch.random.fork_rng(devices=[]):
+        if conversion["own"] is not None:
+            network = _made_by(own, conversion["own"])
+        else:
+            with torch.device("meta"):
+                network = external_network(
+                    description.backbone,
+                    description.num_classes,
+                    description.in_channels,
+                    small_images=conversion["small_images"],
+                )
+    converted, _ = converted_network(
+        network.to("meta"),
+        (description.in_channels, *description.image_size),
+        convolution,
+        activation=front_of(conversion["activations"], SignActivation),
+        include=list(conversion["layers"]),
+        overrides={name: options for name, options in conversion["layers"].items() if options},
+    )
+    return converted
+
+
+def _made_by(own: Factory | None, path: str) -> nn.Module:
+    if own is None:
+        raise _Unsupported(f"is of a network of {path}: load_packed(path, network=...) takes a function that makes it")
+    try:
+        network = own()
+    except Exception as error:  # whatever the function does
+        raise _Unsupported(f"needs a function without arguments as network, but that failed: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise _Unsupported(f"needs a function that makes a network, but that made {type(network).__name__}")
+    return network
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor, range | None]]:
     """Yield name and value of each tensor that a frozen network stores, and its symbols if it is packed as codes."""
     for name, tensor in network.state_dict().items():
+        if tensor.dtype != torch.int8 and not tensor.is_floating_point():
+            raise InputError(f"{name} cannot be packed: it is {tensor.dtype}, not float or int8")
         owner = network.get_submodule(name.rpartition(".")[0])
         yield name, tensor, getattr(owner, "symbols", None) if tensor.dtype == torch.int8 else None
 
@@ -226,7 +285,7 @@ def _unpack(network: nn.Module, codes: Tensor, floats: Tensor) -> None:
     Raises:
         InputError: if a code stands for no symbol.
     """
-    state = {}
+    state = network.state_dict()  # with the versions of its modules
     for name, tensor, symbols in _tensors(network):
         count = tensor.numel()
         if symbols is None:
@@ -259,7 +318,8 @@ def _check_sizes(network: nn.Module, file: Any) -> None:
             raise InputError(f"its network takes {name} of {dtype} {[sizes[name]]}, but it holds {found[0]} {found[1]}")
 
 
-def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object]:
+def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object, object]:
+    """The description, the checksum of description and values, and that of the layout, which older files lack."""
     try:
         header = json.loads((metadata or {})[_KEY])
         version = header["format_version"]
@@ -270,13 +330,15 @@ def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object]:
     if version != FORMAT_VERSION:
         reads = f"pcnn_lightning {__version__} reads version {FORMAT_VERSION}"
         raise _Unsupported(f"has format version {reprlib.repr(version)}, but {reads}")
-    known: dict[str, Collection[str]] = {"family": FAMILIES, "backbone": BACKBONES}
+    known: dict[str, Collection[str]] = {"family": FAMILIES}
+    if isinstance(description, dict) and description.get("conversion") is None:
+        known["backbone"] = BACKBONES
     for kind, names in known.items():
         name = description.get(kind) if isinstance(description, dict) else None
         if isinstance(name, str) and name not in names:
             what = f"{kind} {reprlib.repr(name)}"
             raise _Unsupported(f"is of {what}, which is not registered: import the package that registers it")
-    return Description.from_dict(description), checksum
+    return Description.from_dict(description), checksum, header.get("layout_crc32")
 
 
 def _checksum(description: Description, codes: Tensor, floats: Tensor) -> int:
@@ -284,6 +346,10 @@ def _checksum(description: Description, codes: Tensor, floats: Tensor) -> int:
     for tensor in (codes, floats):
         checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
     return checksum
+
+
+def _layout_checksum(network: nn.Module) -> int:
+    return zlib.crc32(repr(_layout(network)).encode())
 
 
 def _to_json(content: object) -> str:

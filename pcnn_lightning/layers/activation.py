@@ -1,30 +1,102 @@
 """1-bit activations."""
 
-from typing import get_args
+from collections import OrderedDict
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
-from pcnn_lightning.checks import check_choice
+from pcnn_lightning.checks import check_choice, check_integer
 from pcnn_lightning.functional import SignGradient, sign_activation
+from pcnn_lightning.layers.batch_norm import FrozenBatchNorm2d
+
+MOST_OF_ONE_SIGN = 0.98
+"""Share of equal signs above which a layer has next to nothing to learn from."""
 
 
 class SignActivation(nn.Module):
     """Binarize activations to -1 and +1; see :func:`pcnn_lightning.functional.sign_activation`.
 
+    With ``threshold``, the sign is that of x - t with a learned t for each channel, as in ReActNet (Liu et al., ECCV
+    2020, https://arxiv.org/abs/2003.03488). It starts as the mean of each channel over the first batch in training,
+    over all processes, so that inputs without negative values, as a ReLU leaves them, have both signs as well.
+
     Args:
-        gradient: ``"clip"`` passes the gradient where abs(x) <= 1, ``"polynomial"`` is the estimator of Bi-Real Net.
+        gradient: ``"clip"`` passes the gradient where abs(x - t) <= 1, ``"polynomial"`` is the estimator of Bi-Real
+            Net.
+        threshold: number of channels, each with a threshold; None for t = 0.
+        name: what errors call the layer.
+
+    Attributes:
+        threshold: t, (channels,); None without thresholds.
+        is_set: whether a batch has set the thresholds.
 
     Raises:
-        ValueError: if ``gradient`` is neither.
+        ValueError: if ``gradient`` is neither, or ``threshold`` is no positive integer. In the first batch, if more
+            than 98 % of the signs are equal.
     """
 
-    def __init__(self, gradient: SignGradient = "clip") -> None:
+    is_set: Tensor
+
+    def __init__(self, gradient: SignGradient = "clip", threshold: int | None = None, name: str = "") -> None:
         super().__init__()
         check_choice("gradient", gradient, get_args(SignGradient))
-        self.gradient = gradient
+        self.gradient, self.name = gradient, name
+        self.threshold: nn.Parameter | None = None
+        if threshold is not None:
+            check_integer("threshold", threshold, 1)
+            self.threshold = nn.Parameter(torch.zeros(threshold))
+            self.register_buffer("is_set", torch.tensor(False))
+        self._is_ready = False  # known without a look at the buffer, for which a GPU would have to be waited for
 
     def forward(self, x: Tensor) -> Tensor:
-        return sign_activation(x, self.gradient)
+        """Signs of x, (B, C, H, W)."""
+        if self.threshold is None:
+            return sign_activation(x, self.gradient)
+        if self.training and not self._is_ready:
+            self._prepare(x)
+        return sign_activation(x - self.threshold[:, None, None], self.gradient)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _prepare(self, x: Tensor) -> None:
+        """Set the thresholds, unless a checkpoint has them."""
+        assert self.threshold is not None
+        if not self.is_set:
+            means = x.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=(0, 2, 3))
+            self.threshold.copy_(_over_processes(means))
+            self._check(x - self.threshold[:, None, None])
+            self.is_set.fill_(True)
+        self._is_ready = True
+
+    def _check(self, x: Tensor) -> None:
+        positive = float(_over_processes((x >= 0).float().mean()))
+        if (most := max(positive, 1 - positive)) > MOST_OF_ONE_SIGN:
+            raise ValueError(
+                f"{self.name or 'SignActivation'}: {most:.1%} of its inputs have the same sign, from which it cannot "
+                "learn: exclude it, or leave its activations real"
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_ready = False
+
+    @torch.no_grad()
+    def frozen(self) -> nn.Module:
+        """The thresholds as the shift of a batch norm, in front of a sign without: what all runtimes know."""
+        assert self.threshold is not None
+        norm = FrozenBatchNorm2d(len(self.threshold)).to(self.threshold)
+        norm.shift = -self.threshold.detach()
+        return nn.Sequential(OrderedDict(norm=norm, sign=SignActivation(self.gradient)))
 
     def extra_repr(self) -> str:
-        return f"gradient={self.gradient!r}"
+        channels = "" if self.threshold is None else f", threshold={len(self.threshold)}"
+        return f"gradient={self.gradient!r}{channels}"
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    """The mean of ``values`` over all processes, of which each has as many images."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values

@@ -49,8 +49,10 @@ class BNN(OneBitClassifier):
     ) -> None:
         super().__init__(**others)
 
+        options = {"scaling": scaling, "gradient": weight_gradient, "normalization": normalization}
+
         def convolution(*shape: Any, planes: int = 1, **own: Any) -> BinaryConv2d:
-            return BinaryConv2d(*shape, scaling=scaling, gradient=weight_gradient, normalization=normalization, **own)
+            return BinaryConv2d(*shape, **(options | own))
 
         self.build_network(
             convolution, partial(SignActivation, activation_gradient) if sign_activations else nn.Identity

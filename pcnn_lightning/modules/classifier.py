@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
 
-from pcnn_lightning.backbones import build_backbone
+from pcnn_lightning.backbones import Network, build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint, use_atomic_io
 from pcnn_lightning.checks import check_choice, check_given, check_integer, check_number, check_positive
+from pcnn_lightning.conversion import ConversionReport
 from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
 from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
 from pcnn_lightning.modules.accumulation import check_accumulation, synced_only_if, update_of
+from pcnn_lightning.modules.conversion import build_external, check_external, is_external
 from pcnn_lightning.modules.divergence import DivergenceWatch
 from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracy
 from pcnn_lightning.modules.optimization import (
@@ -53,8 +55,17 @@ class OneBitClassifier(LightningModule):
     Args:
         num_classes: number of classes.
         in_channels: number of channels of the images.
+        image_size: height and width of the images, for the order and work of the layers of a network to convert; None
+            takes 224×224, or 32×32 if ``small_images``.
         backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
-            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
+            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``; or a network to convert,
+            such as ``torchvision/resnet18`` or ``timm/resnet18d``.
+        network: a function of your own, such as ``my_package.build``, that makes the network to convert from
+            ``num_classes`` and ``in_channels``; ``backbone`` is then ignored.
+        pretrained: whether the network of torchvision or timm has its pretrained weights; or a file with them.
+        small_images: whether a ResNet of torchvision or timm begins without striding and pooling, as for CIFAR.
+        convert: arguments of the conversion: ``include``, ``exclude``, ``overrides``, ``pointwise``, and
+            ``activations``: ``real``, ``sign``, or ``threshold``, a learned threshold in front of the sign.
         widths: feature maps of the stem and of each stage; None takes the backbone's own.
         dropout: dropout rate, for a backbone that has dropout.
         full_precision: train the full-precision twin: the same network with ordinary convolutions and no sign.
@@ -80,6 +91,7 @@ class OneBitClassifier(LightningModule):
 
     Attributes:
         net: the network.
+        conversion: what became 1-bit in a network from outside this package; None for others.
         terms: the terms of the loss, by their names in the logs.
         stage: the current stage, a key of ``pcnn_lightning.stages.STAGES``.
         planes: J or K, channels per feature map.
@@ -96,7 +108,12 @@ class OneBitClassifier(LightningModule):
         *,
         num_classes: int = 10,
         in_channels: int = 3,
+        image_size: list[int] | None = None,
         backbone: str = "wrn22",
+        network: str | None = None,
+        pretrained: bool | str = False,
+        small_images: bool = False,
+        convert: dict[str, Any] | None = None,
         widths: list[int] | None = None,
         dropout: float = 0.0,
         full_precision: bool = False,
@@ -120,7 +137,8 @@ class OneBitClassifier(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint has the weights that came of them
+        self._pretrained = pretrained
         self.automatic_optimization = False
         for kind in type(self).__mro__:
             if issubclass(kind, OneBitClassifier) and "__init__" in vars(kind):
@@ -150,7 +168,7 @@ class OneBitClassifier(LightningModule):
     def build_network(
         self,
         convolution: Callable[..., nn.Module],
-        activation: Callable[[], nn.Module] = SignActivation,
+        activation: Callable[..., nn.Module] = SignActivation,
         planes: int = 1,
     ) -> None:
         """Build the backbone and the loss terms that go with it.
@@ -162,16 +180,23 @@ class OneBitClassifier(LightningModule):
         """
         hparams = self.hparams
         self.planes = planes
-        self.net = build_backbone(
-            hparams["backbone"],
-            hparams["num_classes"],
-            hparams["in_channels"],
-            plain_convolution if hparams["full_precision"] else convolution,
-            nn.Identity if hparams["full_precision"] else activation,
-            widths=hparams["widths"],
-            planes=planes,
-            dropout=hparams["dropout"],
-        )
+        about_network = {**hparams, "pretrained": self._pretrained}
+        check_external(about_network)
+        self.net: Network
+        self.conversion: ConversionReport | None = None
+        if is_external(hparams):
+            self.net, self.conversion = build_external(about_network, convolution, activation)
+        else:
+            self.net = build_backbone(
+                hparams["backbone"],
+                hparams["num_classes"],
+                hparams["in_channels"],
+                plain_convolution if hparams["full_precision"] else convolution,
+                nn.Identity if hparams["full_precision"] else activation,
+                widths=hparams["widths"],
+                planes=planes,
+                dropout=hparams["dropout"],
+            )
         layers = list(self.one_bit_layers.values())
         for layer in layers:
             if (layer.quantization_loss() is None) != (layer.loss_name is None):

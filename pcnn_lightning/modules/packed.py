@@ -2,6 +2,7 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pcnn_lightning.deploy import Description, PackedNetwork, compile_openvino, 
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation
 from pcnn_lightning.modules.classifier import OneBitClassifier
+from pcnn_lightning.modules.conversion import is_external
 
 NAMES_LIMIT = 2000
 """Bytes that class names may take in a packed file; the rest of its header takes less than 1 kB."""
@@ -114,6 +116,7 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
     names = getattr(data, "classes", None)
     if len(json.dumps(json.dumps(names))) > NAMES_LIMIT:  # packed files hold JSON within JSON
         names = None
+    options = _layer_options(list(model.one_bit_layers.values()))
     return Description(
         family=model.family,
         stage=model.stage,
@@ -126,8 +129,9 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
         widths=model.hparams["widths"],
         planes=model.planes,
         sign_activations=any(isinstance(module, SignActivation) for module in model.net.modules()),
-        layer=_layer_options(list(model.one_bit_layers.values())),
+        layer=options,
         class_names=names,
+        conversion=_conversion(model, options) if is_external(model.hparams) else None,
     )
 
 
@@ -137,3 +141,23 @@ def _layer_options(layers: list[QuantizedConv2d]) -> dict[str, Any]:
         return {}
     shared = set.intersection(*(set(layer.groups_and_bias.items()) for layer in layers))
     return layers[0].frozen().options | dict(sorted(shared))
+
+
+def _conversion(model: OneBitClassifier, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a packed file needs to convert the network again; ``shared`` are the options of all its 1-bit layers."""
+    kind = (model.hparams["convert"] or {}).get("activations", "real")
+    converted = {one.name for one in model.conversion.converted} if model.conversion is not None else set()
+    layers = {}
+    for name, layer in model.one_bit_layers.items():
+        options = {"planes": layer.planes, **layer.frozen().options}
+        original = name.removeprefix("features.")
+        original = original if kind == "real" else original.removesuffix(".conv")
+        if original not in converted:
+            raise InputError(f"{original} was a 1-bit layer before the conversion, and cannot be described")
+        layers[original] = {
+            option: value
+            for option, value in options.items()
+            if value != {"planes": model.planes, **shared}.get(option)
+        }
+    small_images, own = model.hparams["small_images"], model.hparams["network"]
+    return {"layers": layers, "activations": kind, "small_images": small_images, "own": own}

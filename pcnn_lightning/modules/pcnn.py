@@ -60,7 +60,7 @@ class PCNN(TwoRateClassifier):
         options = {name: self.hparams[name] for name in names}
 
         def convolution(*shape: Any, planes: int = projections, **own: Any) -> ProjectionConv2d:
-            return ProjectionConv2d(*shape, projections=planes, **(options | own))
+            return ProjectionConv2d(*shape, **({**options, "projections": planes} | own))
 
         self.build_network(convolution, partial(SignActivation, activation_gradient), projections)
         if self.one_bit_layers:

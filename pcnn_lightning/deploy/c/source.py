@@ -67,7 +67,7 @@ def save_c(network: nn.Module, path: str | os.PathLike[str], description: Descri
     compares its logits of four generated images with those of PyTorch.
 
     Args:
-        network: a network with a registered backbone, trained or frozen.
+        network: a network that ``description`` describes, trained or frozen.
         path: the ``.c`` file to write; the ``.h`` file is written beside it. The names in them begin with its stem, in
             which other characters than letters, digits and underscores become underscores.
         description: description of the network.
