@@ -135,8 +135,9 @@ def save_packed(network: nn.Module, path: str | os.PathLike[str], description: D
         "package_version": __version__,
         "description": description.as_dict(),
         "crc32": _checksum(description, codes, floats),
-        "layout_crc32": _layout_checksum(frozen),
     }
+    if description.conversion is not None:  # by code that may change
+        header["layout_crc32"] = _layout_checksum(frozen)
     write_whole(Path(path), save({"codes": codes, "floats": floats}, {_KEY: _to_json(header)}))
 
 
@@ -319,7 +320,7 @@ def _check_sizes(network: nn.Module, file: Any) -> None:
 
 
 def _read_header(metadata: dict[str, str] | None) -> tuple[Description, object, object]:
-    """The description, the checksum of description and values, and that of the layout, which older files lack."""
+    """The description, the checksum of description and values, and that of the layout of a converted network."""
     try:
         header = json.loads((metadata or {})[_KEY])
         version = header["format_version"]

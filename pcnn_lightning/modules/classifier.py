@@ -142,7 +142,7 @@ class OneBitClassifier(LightningModule):
         self.automatic_optimization = False
         for kind in type(self).__mro__:
             if issubclass(kind, OneBitClassifier) and "__init__" in vars(kind):
-                check_given(kind.__init__, self.hparams)
+                check_given(kind.__init__, {**self.hparams, "pretrained": pretrained})
         check_integer("num_classes", num_classes, 2)
         check_integer("accumulate", accumulate, 1)
         if gradient_clip is not None:

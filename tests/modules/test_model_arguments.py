@@ -16,6 +16,7 @@ MODELS = {
 }
 MAY_BE_NONE = {
     *("widths", "gradient_clip", "init_from", "scale", "projection_forward", "projection_init"),
+    *("image_size", "network", "convert"),
     *(f"projection_{name}" for name in ("schedule", "milestones", "decay", "warmup_epochs")),
 }
 NUMBERS = {
@@ -24,10 +25,16 @@ NUMBERS = {
     *("eta2", "projection_decay", "projection_warmup_epochs", "projection_weight_decay"),
     *("projections", "sigma", "projection_loss_weight", "eta", "planes", "levels", "scale", "filter_loss_weight"),
 }
-SWITCHES = ("full_precision", "nesterov", "compile", "channels_last", "reinit_projection", "average", "binarize")
+SWITCHES = (
+    *("full_precision", "nesterov", "compile", "channels_last", "reinit_projection", "average", "binarize"),
+    "small_images",
+)
 OTHERS = {
     **dict.fromkeys(SWITCHES, "bool"),
     "init_from": "str",
+    "network": "str",
+    "pretrained": r"bool \| str",
+    "image_size": r"list\[int\]",
     "widths": r"list\[int\]",
     "milestones": r"list\[float\]",
 }
