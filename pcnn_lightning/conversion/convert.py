@@ -12,7 +12,7 @@ from torch import nn
 
 from pcnn_lightning.checks import check_bool
 from pcnn_lightning.conversion.report import ConversionReport, ConvertedLayer
-from pcnn_lightning.conversion.trace import Layer, Traced, pass_image, trace
+from pcnn_lightning.conversion.trace import Layer, Traced, look_again, pass_image, trace
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import FrozenConv2d, ProjectionConv2d, QuantizedConv2d
 
@@ -73,6 +73,7 @@ def convert(
         raise InputError("the network is a single layer: put it into an nn.Sequential to convert it")
     check_bool("pointwise", pointwise)
     traced = trace(model, image_shape)
+    look_again(model, image_shape, traced)
     reasons = _reasons(traced, _patterns("include", include), _patterns("exclude", exclude), pointwise)
     chosen = {one.name: one for one in traced if reasons[one.name] is None}
     options = _overrides(chosen, overrides or {})

@@ -37,8 +37,7 @@ class Traced:
 def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]:
     """Pass an image of zeros through ``network``, and return its layers in the order of their first calls.
 
-    Layers that no image passes through, such as auxiliary classifiers, come last. The network is not changed. A layer
-    counts as pooled if its input has one pixel for an image of twice the size as well, if the network takes one.
+    Layers that no image passes through, such as auxiliary classifiers, come last. The network is not changed.
 
     Args:
         network: the network.
@@ -62,16 +61,24 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
         called[module] = traced
 
     pass_image(network, image_shape, list(layers), count)
-    channels, height, width = image_shape
-    pooled = [module for module, traced in called.items() if traced.is_pooled and height * width > 1]
-    if pooled:
-
-        def compare(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor) -> None:
-            layers[module].is_pooled = _has_one_pixel(given, named)
-
-        with suppress(InputError):
-            pass_image(network, (channels, 2 * height, 2 * width), pooled, compare)
     return [*called.values(), *(traced for module, traced in layers.items() if module not in called)]
+
+
+def look_again(network: nn.Module, image_shape: tuple[int, int, int], layers: Sequence[Traced]) -> None:
+    """Tell pooled features from those that have one pixel since the image is small.
+
+    Only layers whose input has one pixel for an image of twice the size as well stay :attr:`Traced.is_pooled`. Networks
+    that take images of one size only are left as they are.
+    """
+    pooled: dict[nn.Module, Traced] = {one.module: one for one in layers if one.is_pooled}
+
+    def compare(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor) -> None:
+        pooled[module].is_pooled = _has_one_pixel(given, named)
+
+    channels, height, width = image_shape
+    if pooled:
+        with suppress(InputError):
+            pass_image(network, (channels, 2 * height, 2 * width), list(pooled), compare)
 
 
 def pass_image(

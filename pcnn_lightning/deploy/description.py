@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pcnn_lightning.backbones import BACKBONES
+from pcnn_lightning.backbones.external import ACTIVATIONS
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
 
@@ -137,7 +138,7 @@ def _is_conversion(value: Any) -> bool:
     return (
         isinstance(layers, dict)
         and all(isinstance(options, dict) and all(map(_is_option, options.values())) for options in layers.values())
-        and value["activations"] in ("real", "sign", "threshold")
+        and value["activations"] in ACTIVATIONS
         and type(value["small_images"]) is bool
         and (value["own"] is None or isinstance(value["own"], str))
     )
