@@ -106,7 +106,7 @@ class StageLogger(TensorBoardLogger):
         return getattr(self._model, "terms", {})
 
     def _sub_run(self, split: str) -> str:
-        return "/".join(filter(None, (getattr(self._model, "stage", None), split)))
+        return "/".join(filter(None, (getattr(self._model, "stage_name", None), split)))
 
     def _writer(self, run: str) -> SummaryWriter:
         if not self._writers and self._kwargs.get("purge_step") is not None:

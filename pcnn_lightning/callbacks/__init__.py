@@ -1,4 +1,4 @@
-"""Callbacks: stage switch, checkpoints, and recorders that log and plot a run."""
+"""Callbacks: plans of stages, checkpoints, and recorders that log and plot a run."""
 
 from pcnn_lightning.callbacks.diversity import Diversity as Diversity
 from pcnn_lightning.callbacks.epoch_lines import EpochLines as EpochLines
@@ -10,4 +10,5 @@ from pcnn_lightning.callbacks.loss_curves import LossCurves as LossCurves
 from pcnn_lightning.callbacks.prediction_writer import PredictionWriter as PredictionWriter
 from pcnn_lightning.callbacks.progress import StageProgressBar as StageProgressBar
 from pcnn_lightning.callbacks.stage_checkpoint import StageCheckpoint as StageCheckpoint
-from pcnn_lightning.callbacks.stage_switch import StageSwitch as StageSwitch
+from pcnn_lightning.callbacks.stage_plan import StagePlan as StagePlan
+from pcnn_lightning.callbacks.stage_plan import StageSwitch as StageSwitch

@@ -154,8 +154,8 @@ def layers_of(module: nn.Module) -> Mapping[str, QuantizedConv2d]:
 
 
 def stage_of(module: nn.Module) -> str:
-    """The stage of a module; empty if it has none."""
-    return str(getattr(module, "stage", ""))
+    """The name of the stage of a module; empty if it has none."""
+    return str(getattr(module, "stage_name", ""))
 
 
 def mark_stages(axes: Axes, places: Sequence[float], stages: Sequence[str], labels: bool = True) -> None:

@@ -32,10 +32,10 @@ class EpochLines(Callback):
         now = time.monotonic()
         seconds, self._began = now - self._began, now
         self._seconds, self._epochs = self._seconds + seconds, self._epochs + 1
-        columns = {"epoch": _place(trainer), "stage": str(pl_module.stage), **_metrics(trainer, pl_module)}
-        groups = trainer.optimizers[0].param_groups
-        rates = "/".join(("η₁", "η₂")[: len(groups)])
-        columns[rates] = "/".join(f"{group['lr']:.0e}".replace("e-0", "e-") for group in groups)
+        columns = {"epoch": _place(trainer), "stage": str(pl_module.stage_name), **_metrics(trainer, pl_module)}
+        values = pl_module.learning_rates.values()  # type: ignore[operator]
+        rates = "/".join(("η₁", "η₂")[: len(values)])
+        columns[rates] = "/".join(f"{rate:.0e}".replace("e-0", "e-") for rate in values)
         columns["s"] = f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
         if (trainer.max_epochs or -1) > 0:
             columns["left"] = duration(self._seconds / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1))  # type: ignore[operator]

@@ -56,7 +56,7 @@ class LossCurves(DrawingCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_times(trainer)
-        row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage), **self.validation}
+        row = {"epoch": trainer.current_epoch, "stage": str(pl_module.stage_name), **self.validation}
         self.epochs.append({**row, **_logged(trainer, "train")})
         self.validation = {}
         if len(self.epochs) % self.every_n_epochs == 0:
@@ -73,7 +73,8 @@ class LossCurves(DrawingCallback):
         has_folder = trainer.loggers or getattr(trainer, "run_folder", None) is not None
         if has_folder and trainer.is_global_zero:
             self.folder = folder
-            tested = {"checkpoint": str(trainer.ckpt_path), "stage": str(pl_module.stage), **_logged(trainer, "test")}
+            stage = str(pl_module.stage_name)
+            tested = {"checkpoint": str(trainer.ckpt_path), "stage": stage, **_logged(trainer, "test")}
             others = [row for row in read_rows(folder / TESTED) if row.get("checkpoint") != tested["checkpoint"]]
             self.write("test", [*others, tested])
 

@@ -91,7 +91,7 @@ class StageProgressBar(RichProgressBar):
         epoch, end = trainer.current_epoch + 1, trainer.max_epochs or -1
         place = f"{min(epoch, end)}/{end}" if end > 0 else str(epoch)  # after the last epoch, one more has begun
         validates = task.description == self.validation_description
-        return f"epoch {place} {'validation' if validates else trainer.lightning_module.stage}"
+        return f"epoch {place} {'validation' if validates else trainer.lightning_module.stage_name}"
 
     def _numbers(self, trainer: Trainer, task: Task) -> str:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -99,8 +99,8 @@ class StageProgressBar(RichProgressBar):
         known = {"loss": self._loss, "acc": self._accuracy}
         words = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
         if get_console().width >= WIDE:
-            rates = zip(("η₁", "η₂"), trainer.optimizers[0].param_groups, strict=False)
-            words += [f"{name} {group['lr']:.2g}" for name, group in rates]
+            rates = zip(("η₁", "η₂"), trainer.lightning_module.learning_rates.values(), strict=False)  # type: ignore[operator]
+            words += [f"{name} {rate:.2g}" for name, rate in rates]
         return " ".join(words)
 
 

@@ -16,7 +16,7 @@ from pcnn_lightning.checkpoints import use_atomic_io
 from pcnn_lightning.checks import check_bool, check_choice
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
-from pcnn_lightning.stages import STAGES
+from pcnn_lightning.stages import is_stage_name
 from pcnn_lightning.tables import text_table
 
 RECORD, LAST = "stages.json", "last.ckpt"
@@ -115,7 +115,7 @@ class StageCheckpoint(ModelCheckpoint):
             raise InputError(f"StageCheckpoint cannot watch {self.monitor}, which is not logged; there is {known}")
         # That of the first process, so that all of them decide alike.
         value = trainer.strategy.broadcast(float(metrics[self.monitor]))
-        if self._is_better(value, self.stages.get(str(pl_module.stage), {}).get("value")):
+        if self._is_better(value, self.stages.get(str(pl_module.stage_name), {}).get("value")):
             if trainer.is_last_batch:
                 self._value = value  # the checkpoint is to hold the whole epoch
             else:
@@ -127,14 +127,14 @@ class StageCheckpoint(ModelCheckpoint):
         if not self._is_saving(trainer) or _ends_within_epoch(trainer):
             return
         value, self._value = self._value, None
-        if value is not None or self.stages.get(str(pl_module.stage), {}).get("value") is None:
+        if value is not None or self.stages.get(str(pl_module.stage_name), {}).get("value") is None:
             self._save_best(trainer, pl_module, value)
         self._save_last(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # A run that ends within an epoch may be continued there.
         if self._is_saving(trainer) and _ends_within_epoch(trainer):
-            if self.stages.get(str(pl_module.stage), {}).get("value") is None:
+            if self.stages.get(str(pl_module.stage_name), {}).get("value") is None:
                 self._save_best(trainer, pl_module, None)
             self._save_last(trainer)
 
@@ -192,7 +192,7 @@ class StageCheckpoint(ModelCheckpoint):
         return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def _save_best(self, trainer: Trainer, pl_module: LightningModule, value: float | None) -> None:
-        stage = str(pl_module.stage)
+        stage = str(pl_module.stage_name)
         file = f"{stage}.ckpt"
         # Noted first, because the checkpoint holds this note as well.
         self.stages[stage] = {"value": value, "epoch": trainer.current_epoch, "checkpoint": file}
@@ -233,7 +233,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     try:
         stages = json.loads(record.read_text(encoding="utf-8"))
         names = [str(Path(stages[stage]["checkpoint"])) for stage in stages]
-        if not names or not set(stages) <= set(STAGES) or any(Path(name).name != name for name in names):
+        if not names or not all(map(is_stage_name, stages)) or any(Path(name).name != name for name in names):
             raise ValueError("it does not name the checkpoint of each stage")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise InputError(f"{record} is damaged ({error}): name a checkpoint in its folder instead") from None

@@ -17,13 +17,15 @@ from pcnn_lightning.callbacks import (
     KernelHistograms,
     LossCurves,
     StageCheckpoint,
+    StagePlan,
     StageProgressBar,
     StageSwitch,
 )
 from pcnn_lightning.cli.run_folder import CHECKPOINTS
+from pcnn_lightning.errors import InputError
 from pcnn_lightning.loggers import StageLogger
 
-OPTIONAL: dict[str, type[Callback]] = {"stage_switch": StageSwitch}
+OPTIONAL: dict[str, type[Callback]] = {"stage_switch": StageSwitch, "stage_plan": StagePlan}
 """Callbacks that a run has only if its configuration says so."""
 
 DEFAULTS: dict[str, type[Callback]] = {
@@ -60,6 +62,8 @@ def trainer_arguments(run: Namespace) -> dict[str, Any]:
     if arguments["barebones"]:  # only the loop
         return arguments
     callbacks = _listed(arguments["callbacks"])
+    if run["stage_switch"] is not None and run["stage_plan"] is not None:
+        raise InputError("stage_switch and stage_plan are two plans of one run: set one of them to null")
     for name, callback in {**OPTIONAL, **DEFAULTS}.items():
         wanted = run[name] is not None and not any(isinstance(one, callback) for one in callbacks)
         if wanted and (name != "checkpoint" or arguments["enable_checkpointing"] is not False):

@@ -28,6 +28,7 @@ class SignActivation(nn.Module):
         name: what errors call the layer.
 
     Attributes:
+        enabled: False passes x on as it is, as in a stage of training with real activations.
         threshold: t, (channels,); None without thresholds.
         is_set: whether a batch has set the thresholds.
 
@@ -41,7 +42,7 @@ class SignActivation(nn.Module):
     def __init__(self, gradient: SignGradient = "clip", threshold: int | None = None, name: str = "") -> None:
         super().__init__()
         check_choice("gradient", gradient, get_args(SignGradient))
-        self.gradient, self.name = gradient, name
+        self.gradient, self.name, self.enabled = gradient, name, True
         self.threshold: nn.Parameter | None = None
         if threshold is not None:
             check_integer("threshold", threshold, 1)
@@ -51,6 +52,9 @@ class SignActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Signs of x, (B, C, H, W)."""
+        if not self.enabled:
+            # A parameter without a gradient would make DDP wait for it.
+            return x if self.threshold is None else x + 0 * self.threshold[:, None, None]
         if self.threshold is None:
             return sign_activation(x, self.gradient)
         if self.training and not self._is_ready:

@@ -112,7 +112,8 @@ class QuantizedConv2d(Convolution2d):
 
     A subclass implements :meth:`quantize`. Everything else has a default that suits a plain binary layer, whose
     kernels are signs times a scale, and is what the rest of the package asks a layer for: its second parameter, its
-    stages, its storage, its inference layer, the filters to draw, and the hooks that a training loop calls.
+    stages, its unquantized kernels, its storage, its inference layer, the filters to draw, and the hooks that a
+    training loop calls.
 
     Args:
         in_channels: number of channels of the input.
@@ -143,8 +144,8 @@ class QuantizedConv2d(Convolution2d):
     """Name of ``planes`` in error messages."""
     filter_symbol: ClassVar[str] = "D"
     """Symbol of what :meth:`filters` returns."""
-    stages: tuple[str, ...] = ("binary",)
-    """The stages that the layer can be in, in training order."""
+    stages: tuple[str, ...] = ("real", "binary")
+    """The stages that the layer can be in, in training order: it begins in the last one."""
     scaling: Scaling = "channel"
     """Whether kernels are signs times one scale per ``"layer"``, per ``"channel"`` or no scale (``"none"``)."""
     convolves_signs: bool = True
@@ -183,8 +184,18 @@ class QuantizedConv2d(Convolution2d):
 
     @abstractmethod
     def quantize(self) -> tuple[Tensor, Tensor | None]:
-        """The kernels to convolve with, (out_channels, in_channels / groups, kh, kw), and the weighted loss."""
+        """The 1-bit kernels, (out_channels, in_channels / groups, kh, kw), and the weighted loss of quantizing them."""
         raise NotImplementedError(f"{type(self).__name__} must implement quantize()")
+
+    def unquantized(self) -> tuple[Tensor, Tensor | None]:
+        """In stage ``real``, what :meth:`quantize` returns in the others; the loss is 0 or None."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        loss = None if self.loss_name is None else self.weight.new_zeros((), dtype=dtype)
+        return self.weight.repeat_interleave(self.planes, 0), loss
+
+    def kernels(self) -> tuple[Tensor, Tensor | None]:
+        """The kernels to convolve with in the current stage, and the weighted loss."""
+        return self.unquantized() if self.stage == "real" else self.quantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, in_channels, H, W), as :func:`torch.nn.functional.conv2d` does.
@@ -197,11 +208,11 @@ class QuantizedConv2d(Convolution2d):
                 f"expected an input of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}: "
                 f"this layer has in_channels={self.in_channels}"
             )
-        kernels, loss = self.quantize()
+        kernels, loss = self.kernels()
         if (self.training or self.couples_gradients) and torch.is_grad_enabled() and not _within_backward():
             # Kept for quantization_loss(): its gradient may need what flows back through these very kernels.
             self._loss_of_forward = (loss, self._own_parameters())
-        if self.training or not self.convolves_signs:
+        if self.training or not self.convolves_signs or self.stage == "real":
             return self.convolve(x, kernels, self.bias)
         scale = self._scale_of(kernels)
         return self.convolve_scaled(x, kernels / scale, scale[:, 0])
@@ -214,7 +225,7 @@ class QuantizedConv2d(Convolution2d):
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """The kernels that convolve, (out_channels, in_channels / groups, kh, kw), detached."""
-        return self.quantize()[0]
+        return self.kernels()[0].detach()
 
     def quantization_loss(self) -> Tensor | None:
         """The weighted loss of quantizing the kernels (3.42 or 3.18): a scalar, at least float32; None without one.
@@ -223,9 +234,9 @@ class QuantizedConv2d(Convolution2d):
         once. Otherwise it is computed from the current parameters.
         """
         if self._loss_of_forward is None or not torch.is_grad_enabled():
-            return self.quantize()[1]
+            return self.kernels()[1]
         (loss, parameters), self._loss_of_forward = self._loss_of_forward, None
-        return self.quantize()[1] if self._is_over(loss, parameters) else loss
+        return self.kernels()[1] if self._is_over(loss, parameters) else loss
 
     # Stages and inference.
 
@@ -258,7 +269,13 @@ class QuantizedConv2d(Convolution2d):
 
     @torch.no_grad()
     def frozen(self) -> "FrozenConv2d":
-        """The layer for inference, without latent weights."""
+        """The layer for inference, without latent weights.
+
+        Raises:
+            ValueError: in stage ``real``, whose kernels are not of 1 bit.
+        """
+        if self.stage == "real":
+            raise ValueError(f"{type(self).__name__} has no 1-bit kernels in stage real: train on to {self.stages[-1]}")
         layer = self.empty_frozen(*self.shape, stage=self.stage, scaling=self.scaling).to(self.weight.device)
         kernels = self.quantized_weight()
         # Binary kernels of scale 0 are all 0, whatever their signs.
@@ -271,6 +288,8 @@ class QuantizedConv2d(Convolution2d):
 
     def storage(self) -> Storage:
         """Number of parameters stored for inference, by the bits each one takes."""
+        if self.stage == "real":
+            return Storage(at_32_bits=sum(parameter.numel() for parameter in self.parameters()))
         return self.frozen().storage()
 
     @torch.no_grad()

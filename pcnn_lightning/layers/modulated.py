@@ -33,8 +33,8 @@ class ModulatedConv2d(QuantizedConv2d):
         levels: U, number of values that a kernel has before modulation: 2 for ±a, 3 or 4 for k-means centers, which
             change only in :meth:`refresh_centers`.
         filter_loss_weight: θ of :meth:`quantization_loss` (3.18).
-        binarize: False is U-MCN, the reference: kernels are modulated without quantization (stage ``"real"``), and Ĉ
-            of the filter loss is C held constant.
+        binarize: False is U-MCN, the reference, which stays in stage ``"real"``: kernels are modulated without
+            quantization, and Ĉ of the filter loss is C held constant.
         scale: a of two levels; None takes mean|C|, recomputed in every forward pass.
         modulation_init: M ~ N(0, 1) (``"normal"``), U(0, 2) (``"uniform"``), N(1, 0.1) (``"near_one"``) or 1
             (``"ones"``; all planes then stay equal as long as the layers behind them treat them alike).
@@ -60,7 +60,6 @@ class ModulatedConv2d(QuantizedConv2d):
     second_parameter = "modulation"
     loss_name = "filter_loss"
     filter_symbol = "|M|"
-    stages: tuple[str, ...] = ("binary", "real")  # a layer has one of them
     convolves_signs = False
     centers: Tensor | None
 
@@ -83,7 +82,8 @@ class ModulatedConv2d(QuantizedConv2d):
         scale: float | None = None,
         modulation_init: ModulationInit = "normal",
     ) -> None:
-        self.stages = ("binary",) if binarize else ("real",)
+        if not binarize:
+            self.stages = ("real",)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, planes=planes)
         if levels not in (2, 3, 4):
             raise ValueError(f"levels must be 2, 3 or 4, but got {levels!r}")
@@ -139,10 +139,14 @@ class ModulatedConv2d(QuantizedConv2d):
             self.modulation,
             scale=self.scale,
             centers=self.centers,
-            binarize=self.binarize,
             average=self.average,
             loss_weight=self.filter_loss_weight,
         )
+
+    def unquantized(self) -> tuple[Tensor, Tensor]:
+        r"""C ∘ \|M_k\|, and the filter loss of U-MCN."""
+        weight = self.filter_loss_weight
+        return modulate(self.weight, self.modulation, binarize=False, average=self.average, loss_weight=weight)
 
     @torch.no_grad()
     def filters(self) -> Tensor:
@@ -159,17 +163,19 @@ class ModulatedConv2d(QuantizedConv2d):
 
     @torch.no_grad()
     def frozen(self) -> "FrozenModulatedConv2d":
-        levels = self.levels if self.binarize else None
+        is_real = self.stage == "real"
+        levels = None if is_real else self.levels
         layer = self.empty_frozen(
             *self.shape, stage=self.stage, planes=self.planes, average=self.average, levels=levels
         )
         unmodulated = torch.ones_like(self.modulation[:1])
-        kernels, _ = modulate(self.weight, unmodulated, scale=self.scale, centers=self.centers, binarize=self.binarize)
+        scale, centers = (None, None) if is_real else (self.scale, self.centers)
+        kernels, _ = modulate(self.weight, unmodulated, scale=scale, centers=centers, binarize=not is_real)
         if levels == 2:
             layer.signs, layer.scale = (1.0 - 2.0 * (kernels < 0)).to(torch.int8), kernels.abs().amax()
-        elif self.centers is not None:
-            layer.values = self.centers.clone()
-            layer.codes = torch.bucketize(kernels, self.centers).to(torch.int8)
+        elif centers is not None:
+            layer.values = centers.clone()
+            layer.codes = torch.bucketize(kernels, centers).to(torch.int8)
         else:
             layer.kernels = kernels
         layer.bias = None if self.bias is None else self.bias.clone()

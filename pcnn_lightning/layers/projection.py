@@ -30,7 +30,8 @@ class ProjectionConv2d(QuantizedConv2d):
         bias: whether to add a learned bias to the output.
         projections: J, number of projections of each kernel. The J kernels made from one yield adjacent output
             channels, so J must divide ``out_channels / groups`` for all of them to convolve the same input channels.
-        stage: ``"binary"`` or ``"ternary"``; :meth:`set_stage` changes it.
+        stage: ``"binary"``, ``"ternary"`` or ``"real"``; :meth:`set_stage` changes it. In stage ``"real"``, the
+            kernels are W̃_j ∘ C, which the other two quantize, and there is no projection loss.
         sigma: σ; in the ternary stage, elements of at most σ · mean|C| become zero.
         projection_loss_weight: λ of :meth:`quantization_loss` (3.42).
         eta: η of 3.42. With η > 0 a layer must be called once in each forward pass, and not under reentrant
@@ -65,7 +66,7 @@ class ProjectionConv2d(QuantizedConv2d):
     loss_name = "projection_loss"
     planes_name = "projections"
     filter_symbol = "W"
-    stages = ("ternary", "binary")
+    stages = ("real", "ternary", "binary")
     scaling = "layer"
 
     def __init__(
@@ -80,7 +81,7 @@ class ProjectionConv2d(QuantizedConv2d):
         bias: bool = False,
         *,
         projections: int = 1,
-        stage: Literal["ternary", "binary"] = "binary",
+        stage: Literal["real", "ternary", "binary"] = "binary",
         sigma: float = 0.7,
         projection_loss_weight: float = 1e-4,
         eta: float = 0.0,
@@ -148,6 +149,12 @@ class ProjectionConv2d(QuantizedConv2d):
             step_sums=self.step_sums,
         )
 
+    def unquantized(self) -> tuple[Tensor, Tensor | None]:
+        """W̃_j ∘ C, the same shape as D, and a loss of 0."""
+        by_mean = self.projection_forward == "mean"
+        matrices = self.projection.mean(dim=(-2, -1), keepdim=True) if by_mean else self.projection
+        return (matrices.unsqueeze(1) * self.weight.unsqueeze(1)).flatten(0, 1), super().unquantized()[1]
+
     def filters(self) -> Tensor:
         """W, (J, kh, kw)."""
         return self.projection.detach().clone()
@@ -159,7 +166,7 @@ class ProjectionConv2d(QuantizedConv2d):
         """Hold the quadratic term back until :meth:`before_step`, if several batches contribute to an update."""
         self.step_sums = None
         if split_updates and self.eta > 0:
-            quantized, loss = self.quantize()
+            quantized, loss = self.quantize()  # whose shapes are those of all stages
             self.step_sums = (torch.zeros_like(quantized).requires_grad_(), torch.zeros_like(loss).requires_grad_())
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """The training loop of every family of 1-bit classifiers."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -24,6 +25,8 @@ from pcnn_lightning.modules.conversion import build_external, check_external, is
 from pcnn_lightning.modules.divergence import DivergenceWatch
 from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracy
 from pcnn_lightning.modules.optimization import (
+    KERNELS,
+    OTHERS,
     GroupSettings,
     begin_optimization,
     group_settings,
@@ -40,10 +43,10 @@ from pcnn_lightning.modules.run_state import (
     random_state,
     restore_random_state,
     restore_update,
+    restored_stage,
     save_run,
 )
-from pcnn_lightning.modules.schedules import Schedule
-from pcnn_lightning.stages import STAGES
+from pcnn_lightning.stages import ENTERING, STAGES, Kind, Schedule, Stage, is_stage_name
 
 
 class OneBitClassifier(LightningModule):
@@ -78,12 +81,14 @@ class OneBitClassifier(LightningModule):
         momentum: momentum of ``sgd``.
         nesterov: whether ``sgd`` uses Nesterov momentum.
         weight_decay: weight decay of everything that is learned at η₁.
+        kernel_weight_decay: weight decay of the latent kernels of 1-bit layers; None: ``weight_decay``.
         accumulate: batches per update; the batches left at the end of an epoch make a smaller update.
         gradient_clip: largest norm of an update's gradient, over all parameters; None does not clip.
         label_smoothing: label smoothing of the cross-entropy in training.
         center_loss_weight: γ, weight of the center loss, a sum over the samples of an update; 0 turns it off.
         center_loss_alpha: α, the share of the way that a center moves in an update.
-        center_loss_start: the first epoch with center loss, or ``binary`` for the stage of that name.
+        center_loss_start: the first epoch with center loss, or the first stage, such as ``binary`` or, in a plan of
+            stages, ``binary_2``.
         init_from: a checkpoint whose network a new run starts from; its stage is ignored.
         compile: whether to compile the backbone with ``torch.compile`` for training, once per stage. On a CPU this
             takes a C++ compiler.
@@ -93,7 +98,9 @@ class OneBitClassifier(LightningModule):
         net: the network.
         conversion: what became 1-bit in a network from outside this package; None for others.
         terms: the terms of the loss, by their names in the logs.
+        plan: the stages of the run, as a callback has planned them.
         stage: the current stage, a key of ``pcnn_lightning.stages.STAGES``.
+        stage_name: what logs and files call it.
         planes: J or K, channels per feature map.
 
     Raises:
@@ -126,12 +133,13 @@ class OneBitClassifier(LightningModule):
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 3e-4,
+        kernel_weight_decay: float | None = None,
         accumulate: int = 1,
         gradient_clip: float | None = None,
         label_smoothing: float = 0.0,
         center_loss_weight: float = 0.0,
         center_loss_alpha: float = 0.5,
-        center_loss_start: int | Literal["binary"] = 0,
+        center_loss_start: int | str = 0,
         init_from: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
@@ -149,14 +157,18 @@ class OneBitClassifier(LightningModule):
             check_positive("gradient_clip", gradient_clip)
         check_choice("optimizer", optimizer, ("sgd", "adam"))
         check_number("momentum", momentum, 0, below=1)
-        if center_loss_start != "binary" and (type(center_loss_start) is not int or center_loss_start < 0):
-            raise ValueError(f"center_loss_start must be an epoch or binary, but got {center_loss_start!r}")
-        shape = (schedule, tuple(milestones), decay, warmup_epochs)
-        self.groups: tuple[GroupSettings, ...] = (group_settings("eta1", eta1, *shape, weight_decay),)
+        is_name = isinstance(center_loss_start, str) and is_stage_name(center_loss_start)
+        if not is_name and (type(center_loss_start) is not int or center_loss_start < 0):
+            raise ValueError(f"center_loss_start must be an epoch or a stage, but got {center_loss_start!r}")
+        self.groups = self.group_settings(self.hparams)
         self._terms, self.train_means = nn.ModuleDict(), EpochMeans(num_classes)
         self.add_term("cross_entropy", CrossEntropy(label_smoothing))
         self.val_accuracy, self.test_accuracy = accuracy(num_classes), accuracy(num_classes)
-        self.stage, self.stage_start = "full_precision", 0
+        self.plan: tuple[Stage, ...] = ()
+        self._current = Stage("full_precision")
+        self.stage: Kind = "full_precision"
+        self.stage_name: str = self.stage
+        self.stage_start = 0
         self.stage_end: int | None = None
         self.divergence = DivergenceWatch()
         self._init_from = init_from  # None as soon as the network holds anything else
@@ -212,7 +224,8 @@ class OneBitClassifier(LightningModule):
             raise ValueError(f"center_loss_{error}") from None  # the name that its argument has here
         if center_loss.weight > 0:
             self.add_term("center_loss", center_loss)
-        self.stage = layers[0].stage if layers else "full_precision"
+        self._current = Stage(cast(Kind, layers[0].stage if layers else "full_precision"))
+        self.stage = self.stage_name = self._current.stage
 
     def add_term(self, name: str, term: LossTerm) -> None:
         """Add a term to the loss, which is logged as ``train/<name>`` and ``val/<name>``.
@@ -251,19 +264,66 @@ class OneBitClassifier(LightningModule):
         """The stages that the layers can be trained in, in order."""
         return next((layer.stages for layer in self.one_bit_layers.values()), ("full_precision",))
 
+    @property
+    def sign_activations(self) -> list[SignActivation]:
+        """The 1-bit activations from input to output, of which one precedes each 1-bit layer, or none."""
+        return [module for module in self.net.modules() if isinstance(module, SignActivation)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Hyperparameters, as the current stage of the plan overrides them."""
+        planned = {stage.name: stage for stage in self.plan}.get(self.stage_name.removeprefix(ENTERING))
+        return {**self.hparams, **(planned.overrides if planned is not None else {})}
+
     def set_stage(self, stage: str) -> None:
         """Put every layer into ``stage``."""
         if stage not in self.trained_stages:
             raise ValueError(f"stage must be one of {', '.join(self.trained_stages)}, but got {stage!r}")
-        self.stage = stage
-        for layer in self.one_bit_layers.values():
-            layer.set_stage(stage)
+        self.take_stage(Stage(cast(Kind, stage)))
 
-    def begin_stage(self, stage: str, epoch: int) -> None:
+    def check_stage(self, stage: Stage) -> None:
+        """Require that the network can be trained in ``stage``, with the arguments that it overrides.
+
+        Raises:
+            ValueError: names the stage, and what is allowed.
+        """
+        name, family = stage.name or stage.stage, type(self).__name__
+        if stage.stage not in self.trained_stages:
+            raise ValueError(f"stage must be one of {', '.join(self.trained_stages)} for {family}, but got {name}")
+        if stage.activations == "sign" and not self.sign_activations:
+            raise ValueError(f"stage {name}: activations must be real for this {family}, but got sign")
+        if unknown := [argument for argument in stage.overrides if argument not in self.hparams]:
+            raise ValueError(f"stage {name}: {unknown[0]} is not an argument of {family}")
+        settings = {**self.hparams, **stage.overrides}
+        try:
+            check_choice("optimizer", settings["optimizer"], ("sgd", "adam"))
+            check_number("momentum", settings["momentum"], 0, below=1)
+            self.group_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}") from None
+
+    def take_stage(self, stage: Stage) -> None:
+        """Train in ``stage`` from now on; with ``layer_by_layer``, the layers enter it by :meth:`enter_layers`."""
+        self._current = stage
+        self.enter_layers(0 if stage.layer_by_layer else len(self.one_bit_layers))
+
+    def enter_layers(self, count: int) -> None:
+        """Put the first ``count`` 1-bit layers, with the activations in front of them, into the current stage."""
+        layers, activations = list(self.one_bit_layers.values()), self.sign_activations
+        name = self._current.name or self._current.stage
+        self.stage, self.stage_name = self._current.stage, name if count >= len(layers) else f"{ENTERING}{name}"
+        for layer in layers[:count]:
+            layer.set_stage(self._current.stage)
+        for activation in activations[: math.ceil(count / max(len(layers), 1) * len(activations))]:
+            activation.enabled = self._current.activations != "real"
+        if self.hparams["compile"] and self._current.layer_by_layer:
+            torch.compiler.reset()  # a network may only be compiled so often for changes of its layers
+
+    def begin_stage(self, stage: Stage, epoch: int) -> None:
         """Go to ``stage`` at the start of ``epoch``: schedules and the optimizer's state begin anew."""
-        self.set_stage(stage)
+        self.take_stage(stage)
         self.stage_start, self.stage_end = epoch, None
-        self._optimizer().state.clear()
+        self.trainer.strategy.optimizers = [self.configure_optimizers()]
 
     # Training.
 
@@ -276,15 +336,45 @@ class OneBitClassifier(LightningModule):
         return super().load_state_dict(*args, **kwargs)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters learned at η₁ and, if there are any, at η₂, by the names that the groups have in the logs."""
-        layers = [layer for layer in self.one_bit_layers.values() if layer.second_parameter is not None]
-        second = [cast(nn.Parameter, getattr(layer, str(layer.second_parameter))) for layer in layers]
-        taken = {id(parameter) for parameter in second}
-        groups = {"kernels": [parameter for parameter in self.parameters() if id(parameter) not in taken]}
-        return {**groups, f"{layers[0].second_parameter}s": second} if second else groups
+        """The groups of parameters, by their names in the logs.
+
+        ``kernels`` is all that is learned at η₁, or only the latent kernels of 1-bit layers if these have a weight
+        decay of their own; ``others`` is then the rest. The second parameters are learned at η₂.
+        """
+        layers = list(self.one_bit_layers.values())
+        name = next((f"{one.second_parameter}s" for one in layers if one.second_parameter is not None), "")
+        second = [getattr(one, one.second_parameter) for one in layers if one.second_parameter is not None]
+        apart = self.settings["kernel_weight_decay"] is not None
+        kernels = {id(one.weight) for one in layers} if apart and layers else {id(one) for one in self.parameters()}
+        kernels -= {id(parameter) for parameter in second}
+        groups = {KERNELS: [one for one in self.parameters() if id(one) in kernels], name: second}
+        taken = {id(one) for group in groups.values() for one in group}
+        groups[OTHERS] = [one for one in self.parameters() if id(one) not in taken]
+        return {name: group for name, group in groups.items() if group}
+
+    def group_settings(self, settings: Mapping[str, Any]) -> dict[str, GroupSettings]:
+        """Learning rate and weight decay of each kind of group.
+
+        Args:
+            settings: hyperparameters.
+
+        Raises:
+            ValueError: names the argument that is wrong, its value and what is allowed.
+        """
+        others = group_settings("eta1", settings["eta1"], settings, settings["weight_decay"])
+        decay = settings["kernel_weight_decay"]
+        if decay is None:
+            return {KERNELS: others, OTHERS: others}
+        return {KERNELS: group_settings("eta1", settings["eta1"], settings, decay, "kernel_"), OTHERS: others}
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """η₁ and, if there is one, η₂, by the groups of parameters that are learned at them."""
+        return {one["name"]: one["lr"] for one in self._optimizer().param_groups if one["name"] != OTHERS}
 
     def configure_optimizers(self) -> Optimizer:
-        return make_optimizer(self.parameter_groups(), self.groups, self.hparams)
+        self.groups = self.group_settings(self.settings)
+        return make_optimizer(self.parameter_groups(), self.groups, self.settings)
 
     def prepare_features(self, *, compile: bool, channels_last: bool) -> None:
         """Lay out and compile the backbone for training."""
@@ -367,13 +457,16 @@ class OneBitClassifier(LightningModule):
         """Whether a term takes part in the loss yet."""
         if isinstance(term.start, int):
             return self.current_epoch >= term.start
+        planned = [stage.name for stage in self.plan]
+        if term.start in planned:
+            return planned.index(self._current.name) >= planned.index(term.start)
         stages = self.trained_stages
         return term.start not in stages or stages.index(self.stage) >= stages.index(term.start)
 
     def _never_begins(self, term: LossTerm) -> bool:
         if isinstance(term.start, int):
             return term.start >= run_epochs(self, self.trainer)
-        return self.stage_end is None  # no callback is to change the stage
+        return not self.plan
 
     def step(self) -> None:
         """Step the optimizer with the gradients of an update."""
@@ -392,7 +485,7 @@ class OneBitClassifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.divergence.check(self)
-        rates = {f"lr/{group['name']}": group["lr"] for group in self._optimizer().param_groups}
+        rates = {f"lr/{name}": rate for name, rate in self.learning_rates.items()}
         self.log_dict({**rates, "stage": float(STAGES[self.stage])})
 
     def _begin_epoch(self, labels: Tensor) -> None:
@@ -509,7 +602,11 @@ class OneBitClassifier(LightningModule):
     def restore(self, saved: dict[str, Any]) -> None:
         """Restore the record of a run; see :func:`save_run`."""
         self.train_means.restore(saved["train_means"], self._trainer is None or self.global_rank == 0)
-        self.set_stage(saved["stage"])
+        self.stage, self.stage_name, self._current = restored_stage(saved, self.plan)
+        for layer, stage in zip(self.one_bit_layers.values(), saved["layer_stages"], strict=True):
+            layer.set_stage(stage)
+        for activation, enabled in zip(self.sign_activations, saved["sign_activations"], strict=True):
+            activation.enabled = enabled
         self.stage_start, self.stage_end = saved["stage_start"], None  # its end is for the callback to say
 
     def start_from(self, path: str) -> None:

@@ -56,7 +56,7 @@ class DivergenceWatch:
             kept = last_checkpoint(module.trainer)
             rates = [f"{name} (now {module.hparams[name]})" for name in ("eta1", "eta2") if name in module.hparams]
             self._message = (
-                f"{what} (epoch {module.current_epoch}, {module.stage} stage). Lower {' or '.join(rates)}, "
+                f"{what} (epoch {module.current_epoch}, {module.stage_name} stage). Lower {' or '.join(rates)}, "
                 f"or set gradient_clip. Last good checkpoint: {kept or 'none yet'}"
             )
         raise DivergedError(self._message)

@@ -1,7 +1,7 @@
 """One optimizer with a group of parameters for each learning rate, so that steps are counted and scaled once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,11 @@ from torch.optim import Optimizer
 
 from pcnn_lightning.checks import check_number
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.modules.schedules import LearningRate, Schedule
+from pcnn_lightning.modules.schedules import LearningRate
 from pcnn_lightning.stages import StagedModule
+
+KERNELS, OTHERS, SECOND = "kernels", "others", "second"
+"""Kinds of groups: the latent kernels and everything else learned at η₁, and the second parameters, learned at η₂."""
 
 
 class GroupSettings(NamedTuple):
@@ -23,26 +26,15 @@ class GroupSettings(NamedTuple):
 
 
 def group_settings(
-    name: str,
-    base: float,
-    schedule: Schedule,
-    milestones: tuple[float, ...],
-    decay: float,
-    warmup_epochs: float,
-    weight_decay: float,
-    *,
-    prefix: str = "",
+    name: str, base: float, shape: Mapping[str, Any], weight_decay: float, prefix: str = ""
 ) -> GroupSettings:
     """Check the settings of a group.
 
     Args:
         name: name of the learning rate, ``eta1`` or ``eta2``.
         base: the highest learning rate.
-        schedule: its schedule, and so on, as for :class:`LearningRate`.
-        milestones: of the schedule.
-        decay: of the schedule.
-        warmup_epochs: of the schedule.
-        weight_decay: of the parameters.
+        shape: ``schedule``, ``milestones``, ``decay`` and ``warmup_epochs``, as for :class:`LearningRate`.
+        weight_decay: weight decay of the parameters.
         prefix: prefix of the other arguments' names, for error messages.
 
     Raises:
@@ -50,69 +42,86 @@ def group_settings(
     """
     check_number(f"{prefix}weight_decay", weight_decay, 0)
     try:
-        return GroupSettings(LearningRate(base, schedule, milestones, decay, warmup_epochs), weight_decay)
+        options = {field: shape[field] for field in ("schedule", "decay", "warmup_epochs")}
+        return GroupSettings(LearningRate(base, milestones=tuple(shape["milestones"]), **options), weight_decay)
     except ValueError as error:
         field = "" if "learning rate" in str(error) else prefix
         raise ValueError(f"{name}: {field}{error}") from None
 
 
-def group_options(settings: Sequence[GroupSettings], hparams: Mapping[str, Any]) -> list[dict[str, Any]]:
+def settings_of(group: str, settings: Mapping[str, GroupSettings]) -> GroupSettings:
+    """The settings of a group, by its name in the logs: that of second parameters is their own, such as projections.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    kind = group if group in (KERNELS, OTHERS) else SECOND
+    if kind not in settings:
+        raise ValueError(f"{group} have no learning rate: derive from TwoRateClassifier")
+    return settings[kind]
+
+
+def group_options(
+    groups: Iterable[str], settings: Mapping[str, GroupSettings], hparams: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Options of the optimizer's groups, apart from the learning rates, which every update sets."""
     shared = {}
     if hparams["optimizer"] == "sgd":
         momentum = hparams["momentum"]
         shared = {"momentum": momentum, "nesterov": hparams["nesterov"] and momentum > 0}
-    return [{**shared, "weight_decay": one.weight_decay} for one in settings]
+    return [{**shared, "weight_decay": settings_of(name, settings).weight_decay} for name in groups]
 
 
 def make_optimizer(
-    parameters: Mapping[str, list[nn.Parameter]], settings: Sequence[GroupSettings], hparams: Mapping[str, Any]
+    parameters: Mapping[str, list[nn.Parameter]], settings: Mapping[str, GroupSettings], hparams: Mapping[str, Any]
 ) -> Optimizer:
     """An optimizer of named groups of parameters.
 
+    Args:
+        parameters: the parameters of each group, by its name in the logs.
+        settings: learning rates and weight decay by kind of group.
+        hparams: ``optimizer``, ``momentum`` and ``nesterov``.
+
     Raises:
-        ValueError: if there are more groups than learning rates.
+        ValueError: if a group has no learning rate.
     """
-    if len(parameters) > len(settings):
-        raise ValueError(
-            f"{', '.join(list(parameters)[len(settings) :])} have no learning rate: derive from TwoRateClassifier"
-        )
     groups = [
-        {"params": members, "name": name, "lr": one.rate.base, **options}
-        for (name, members), one, options in zip(
-            parameters.items(), settings, group_options(settings, hparams), strict=False
+        {"params": members, "name": name, "lr": settings_of(name, settings).rate.base, **options}
+        for (name, members), options in zip(
+            parameters.items(), group_options(parameters, settings, hparams), strict=True
         )
     ]
     return (torch.optim.SGD if hparams["optimizer"] == "sgd" else torch.optim.Adam)(groups)
 
 
 def begin_optimization(
-    optimizer: Optimizer, settings: Sequence[GroupSettings], module: StagedModule, trainer: Trainer
+    optimizer: Optimizer, settings: Mapping[str, GroupSettings], module: StagedModule, trainer: Trainer
 ) -> None:
-    """Check the schedules, and give a resumed optimizer the settings of this run in place of those it was saved with.
+    """Check the length of the run, and give a resumed optimizer the settings of this run in place of its saved ones.
 
     Raises:
         InputError: if a schedule needs the length of a run that has no end.
     """
     endless = math.isinf(run_epochs(module, trainer))  # whatever the stage: another one may follow
-    if endless and any(one.rate.schedule in ("multistep", "cosine") for one in settings):
+    if endless and any(one.rate.schedule in ("multistep", "cosine") for one in settings.values()):
         raise InputError(
             "trainer.max_epochs or trainer.max_steps must be set: a multistep or cosine schedule is laid over "
             "the length of a stage"
         )
-    for group, options in zip(optimizer.param_groups, group_options(settings, module.hparams), strict=False):
+    names = [group["name"] for group in optimizer.param_groups]
+    for group, options in zip(optimizer.param_groups, group_options(names, settings, module.settings), strict=True):
         group.update(options)
 
 
 def set_rates(
-    optimizer: Optimizer, settings: Sequence[GroupSettings], module: StagedModule, trainer: Trainer, update: int
+    optimizer: Optimizer, settings: Mapping[str, GroupSettings], module: StagedModule, trainer: Trainer, update: int
 ) -> None:
     """Set the learning rates for an update of the current epoch."""
     updates = updates_per_epoch(module, trainer)
     epoch = trainer.current_epoch - module.stage_start + update / updates
     step = 1.0 if math.isinf(updates) else 1 / updates  # of unknown length, an epoch has one rate
-    for group, one in zip(optimizer.param_groups, settings, strict=False):
-        group["lr"] = one.rate.at(epoch, stage_epochs(module, trainer), step)
+    for group in optimizer.param_groups:
+        group["lr"] = settings_of(group["name"], settings).rate.at(epoch, stage_epochs(module, trainer), step)
 
 
 def stage_epochs(module: StagedModule, trainer: Trainer) -> float:

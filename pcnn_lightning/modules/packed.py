@@ -3,7 +3,7 @@
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,6 +15,7 @@ from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation
 from pcnn_lightning.modules.classifier import OneBitClassifier
 from pcnn_lightning.modules.conversion import is_external
+from pcnn_lightning.stages import Kind
 
 NAMES_LIMIT = 2000
 """Bytes that class names may take in a packed file; the rest of its header takes less than 1 kB."""
@@ -40,7 +41,8 @@ class PackedClassifier(OneBitClassifier):
         description = network.description
         super().__init__(num_classes=description.num_classes, in_channels=description.in_channels)
         self.save_hyperparameters(logger=False)  # the other hyperparameters belong to a training that is not its own
-        self.family, self.stage, self.planes = description.family, description.stage, description.planes
+        self.family, self.planes = description.family, description.planes
+        self.stage, self.stage_name = cast(Kind, description.stage), description.stage
         self.path, self.net = path, network
 
     def setup(self, stage: str) -> None:

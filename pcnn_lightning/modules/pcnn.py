@@ -11,6 +11,7 @@ from pcnn_lightning.functional import ProjectionForward, SignGradient
 from pcnn_lightning.layers import ProjectionConv2d, SignActivation
 from pcnn_lightning.layers.projection import ProjectionInit
 from pcnn_lightning.modules.second_rate import TwoRateClassifier
+from pcnn_lightning.stages import Stage
 
 
 class PCNN(TwoRateClassifier):
@@ -21,7 +22,8 @@ class PCNN(TwoRateClassifier):
 
     Args:
         projections: J, projections per layer and channels per feature map.
-        stage: the first stage: ``ternary`` (``StageSwitch`` turns it into binary) or ``binary``.
+        stage: the first stage: ``real``, ``ternary`` (``StageSwitch`` turns it into binary) or ``binary``; a
+            ``StagePlan`` names its own.
         sigma: σ of the ternary threshold, in units of mean|C|.
         projection_loss_weight: λ.
         eta: η of the projection loss (3.42).
@@ -29,7 +31,7 @@ class PCNN(TwoRateClassifier):
             J = 1.
         projection_init: distribution of the initial W: ``normal``, ``signs``, ``near_one`` or ``ones``; None: normal
             with the full forward, near one with the mean.
-        reinit_projection: whether W is drawn again where the binary stage starts from ternary kernels.
+        reinit_projection: whether W is drawn again where a binary stage starts from ternary or real kernels.
         activation_gradient: ``clip`` or ``polynomial``: pseudo-gradient of the sign of activations.
 
     Raises:
@@ -42,7 +44,7 @@ class PCNN(TwoRateClassifier):
         self,
         *,
         projections: int = 4,
-        stage: Literal["ternary", "binary"] = "binary",
+        stage: Literal["real", "ternary", "binary"] = "binary",
         sigma: float = 0.7,
         projection_loss_weight: float = 1e-4,
         eta: float = 0.0,
@@ -54,7 +56,7 @@ class PCNN(TwoRateClassifier):
     ) -> None:
         super().__init__(**others)
         check_integer("projections", projections, 1)
-        check_choice("stage", stage, ("ternary", "binary"))
+        check_choice("stage", stage, ("real", "ternary", "binary"))
 
         names = ("sigma", "projection_loss_weight", "eta", "projection_forward", "projection_init")
         options = {name: self.hparams[name] for name in names}
@@ -68,12 +70,15 @@ class PCNN(TwoRateClassifier):
         # Drawn once per run and saved in checkpoints, so that a resumed run draws the same W at the switch.
         self.projection_seed = int(torch.randint(2**31, ()))
 
-    def begin_stage(self, stage: str, epoch: int) -> None:
+    def begin_stage(self, stage: Stage, epoch: int) -> None:
+        is_first_binary = stage.stage == "binary" != self.stage
         super().begin_stage(stage, epoch)
-        self._redraw_projections()
+        redraw = stage.reinit_projection
+        if (is_first_binary and self.hparams["reinit_projection"]) if redraw is None else redraw:
+            self._redraw_projections()
 
     def on_train_start(self) -> None:
-        if self.stage == "ternary" and self.hparams["stage"] == "binary":
+        if self.stage == "ternary" and self.hparams["stage"] == "binary" and not self.plan:
             raise InputError(
                 "the checkpoint is of a ternary stage, but model.stage is binary: to start a binary run from ternary "
                 "kernels, name the checkpoint as model.init_from instead of --ckpt_path"
@@ -82,7 +87,8 @@ class PCNN(TwoRateClassifier):
 
     def start_from(self, path: str) -> None:
         super().start_from(path)
-        self._redraw_projections()
+        if self.hparams["reinit_projection"]:
+            self._redraw_projections()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -93,9 +99,7 @@ class PCNN(TwoRateClassifier):
         self.projection_seed = saved["projection_seed"]
 
     def _redraw_projections(self) -> None:
-        """Draw W again, if that was asked for, from one seed in all processes."""
-        if not self.hparams["reinit_projection"]:
-            return
+        """Draw W again, from one seed in all processes."""
         self.projection_seed = self.trainer.strategy.broadcast(self.projection_seed)
         generator = torch.Generator().manual_seed(self.projection_seed)
         for layer in self.one_bit_layers.values():

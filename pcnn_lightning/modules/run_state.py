@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pcnn_lightning.checkpoints import check_same_tensors
 from pcnn_lightning.errors import InputError
+from pcnn_lightning.layers import SignActivation
 from pcnn_lightning.modules.metrics import EpochMeans
-from pcnn_lightning.stages import StagedModule
+from pcnn_lightning.stages import ENTERING, Kind, Stage, StagedModule
 
 Pending = dict[str, dict[str, Tensor]]
 """State of an unfinished update: gradients, and the state of each term and of each layer."""
@@ -26,6 +27,9 @@ class ResumableModule(StagedModule, Protocol):
 
     family: str
     train_means: EpochMeans
+
+    @property
+    def sign_activations(self) -> Sequence[SignActivation]: ...
 
     @property
     def trainer(self) -> Trainer: ...
@@ -43,12 +47,23 @@ def save_run(module: ResumableModule) -> dict[str, Any]:
         "family": module.family,
         "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
         "stage": module.stage,
+        "stage_name": module.stage_name,
         "stage_start": module.stage_start,
-        "optimizer": module.hparams["optimizer"],
+        "layer_stages": [layer.stage for layer in module.one_bit_layers.values()],
+        "sign_activations": [activation.enabled for activation in module.sign_activations],
+        "plan": [stage.name for stage in module.plan],
+        "optimizer": module.settings["optimizer"],
         "train_means": module.train_means.sums(trainer.strategy),
         "log_dirs": [str(Path(folder).resolve()) for folder in folders if folder],
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def restored_stage(saved: dict[str, Any], plan: Sequence[Stage]) -> tuple[Kind, str, Stage]:
+    """The kind and the name of a saved stage, and the stage of the ``plan`` that it is."""
+    name = saved["stage_name"]
+    of_plan = next((stage for stage in plan if stage.name == name.removeprefix(ENTERING)), None)
+    return saved["stage"], name, of_plan or Stage(saved["stage"], name=name.removeprefix(ENTERING))
 
 
 def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool) -> None:
@@ -78,18 +93,24 @@ def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool
     before, now = checkpoint["hyper_parameters"].get("accumulate"), module.hparams["accumulate"]
     if _is_within_epoch(checkpoint) and before != now:
         raise InputError(f"the checkpoint is within an epoch: accumulate must be {before}, but got {now}")
-    if (optimizer := saved.get("optimizer")) != (wanted := module.hparams["optimizer"]):
+    planned, name = saved.get("plan", []), str(saved.get("stage_name")).removeprefix(ENTERING)
+    if module.plan and name not in (names := [stage.name for stage in module.plan]):
+        raise InputError(
+            f"the checkpoint is in stage {name}, but the stages of this run are {', '.join(names)}: "
+            "give it the plan of its run again, or start a new run with init_from"
+        )
+    if not module.plan and name in planned[:-1]:
+        raise InputError(
+            f"the checkpoint is of a run that goes through the stages {', '.join(planned)}: give it its stage_switch "
+            "or stage_plan again, or start a new run with init_from"
+        )
+    wanted = {**module.hparams, **restored_stage(saved, module.plan)[2].overrides}["optimizer"]
+    if (optimizer := saved.get("optimizer")) != wanted:
         raise InputError(
             f"the checkpoint has the state of optimizer {optimizer}, which {wanted} cannot go on from: "
             "name the same one, or start a new run with init_from"
         )
     callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
-    held, given = (" ".join(keys) for keys in (checkpoint["callbacks"], [one.state_key for one in callbacks]))
-    if saved["stage"] == "ternary" and "StageSwitch" in held and "StageSwitch" not in given:
-        raise InputError(
-            "the checkpoint is of a run that goes from ternary to binary: give it its stage_switch again, "
-            "or start a new run with init_from"
-        )
     if "current_model_state" in checkpoint and not any(isinstance(one, WeightAveraging) for one in callbacks):
         raise InputError(
             "the checkpoint is of a run with averaged weights: give trainer.callbacks its WeightAveraging again, "

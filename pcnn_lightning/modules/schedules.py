@@ -3,11 +3,10 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
 from pcnn_lightning.checks import check_choice, check_number, is_number
-
-Schedule = Literal["constant", "multistep", "cosine", "exponential"]
+from pcnn_lightning.stages import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """A second learning rate."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pcnn_lightning.modules.classifier import OneBitClassifier
-from pcnn_lightning.modules.optimization import group_settings
-from pcnn_lightning.modules.schedules import Schedule
+from pcnn_lightning.modules.optimization import SECOND, GroupSettings, group_settings
+from pcnn_lightning.stages import Schedule
 
 
 class TwoRateClassifier(OneBitClassifier):
@@ -36,10 +37,9 @@ class TwoRateClassifier(OneBitClassifier):
         **others: Any,
     ) -> None:
         super().__init__(**others)
-        hparams = self.hparams
-        schedule = hparams["schedule"] if projection_schedule is None else projection_schedule
-        milestones = hparams["milestones"] if projection_milestones is None else projection_milestones
-        decay = hparams["decay"] if projection_decay is None else projection_decay
-        warmup = hparams["warmup_epochs"] if projection_warmup_epochs is None else projection_warmup_epochs
-        shape = (schedule, tuple(milestones), decay, warmup)
-        self.groups += (group_settings("eta2", eta2, *shape, projection_weight_decay, prefix="projection_"),)
+
+    def group_settings(self, settings: Mapping[str, Any]) -> dict[str, GroupSettings]:
+        own = {name: settings[f"projection_{name}"] for name in ("schedule", "milestones", "decay", "warmup_epochs")}
+        shape = {name: settings[name] if value is None else value for name, value in own.items()}
+        second = group_settings("eta2", settings["eta2"], shape, settings["projection_weight_decay"], "projection_")
+        return {**super().group_settings(settings), SECOND: second}

@@ -86,7 +86,7 @@ def test_a_plateau_switches_early():
 
 
 def test_a_run_that_ends_before_the_switch_says_so():
-    with pytest.warns(UserWarning, match="has ended before StageSwitch at epoch 3: it is ternary"):
+    with pytest.warns(UserWarning, match="has ended before stage binary at epoch 3: it is ternary"):
         fit(tiny_pcnn(stage="ternary"), max_epochs=4, callbacks=[StageSwitch(3), Halt()])
 
 
@@ -142,12 +142,12 @@ def test_wrong_arguments_raise():
 @pytest.mark.parametrize(("epoch", "max_epochs", "first"), [(3, 3, 3), (60, 1, 60), (0.9, 3, 3), (0.4, 1, 1)])
 def test_a_trial_that_ends_before_the_switch_trains_the_ternary_stage_and_warns_once(epoch, max_epochs, first):
     record = Record()
-    with pytest.warns(UserWarning, match="StageSwitch") as warned:
+    with pytest.warns(UserWarning, match="before stage") as warned:
         fit(tiny_pcnn(**PROGRESSIVE), max_epochs=max_epochs, callbacks=[StageSwitch(epoch), record])
     assert record.stages == ["ternary"] * max_epochs
-    (said,) = [str(one.message) for one in warned if "StageSwitch" in str(one.message)]
+    (said,) = [str(one.message) for one in warned if "before stage" in str(one.message)]
     end, steps = f"trainer.max_epochs {max_epochs} ends this run", 4 * first
-    assert said == f"{end} before StageSwitch at epoch {first} (step {steps}): only the ternary stage is trained"
+    assert said == f"{end} before stage binary begins at epoch {first} (step {steps}): only ternary is trained"
 
 
 def test_a_trial_goes_on_into_the_binary_stage(tmp_path):
@@ -156,7 +156,7 @@ def test_a_trial_goes_on_into_the_binary_stage(tmp_path):
     whole = tiny_pcnn(**arguments)
     parts = copy.deepcopy(whole)
     fit(whole, max_epochs=3, callbacks=[StageSwitch(2)])
-    with pytest.warns(UserWarning, match="only the ternary stage is trained"):
+    with pytest.warns(UserWarning, match="only ternary is trained"):
         fit(parts, max_epochs=1, callbacks=[StageSwitch(2)]).save_checkpoint(tmp_path / "trial.ckpt")
     again = tiny_pcnn(**arguments)
     fit(again, max_epochs=3, callbacks=[StageSwitch(2)], ckpt_path=str(tmp_path / "trial.ckpt"))
@@ -167,7 +167,8 @@ def test_a_trial_goes_on_into_the_binary_stage(tmp_path):
 def test_steps_that_end_before_the_switch_are_counted_in_updates():
     """An epoch has four batches, so two updates of two."""
     model = tiny_pcnn(**PROGRESSIVE, accumulate=2)
-    with pytest.warns(UserWarning, match=r"trainer.max_steps 4 ends this run before StageSwitch at epoch 2 \(step 4\)"):
+    ends = r"trainer.max_steps 4 ends this run before stage binary begins at epoch 2 \(step 4\)"
+    with pytest.warns(UserWarning, match=ends):
         fit(model, max_epochs=3, max_steps=4, callbacks=[StageSwitch(2)])
     assert model.stage == "ternary"
     model = tiny_pcnn(**PROGRESSIVE, accumulate=2)

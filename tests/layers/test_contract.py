@@ -40,10 +40,10 @@ def test_defaults_of_a_plain_binary_layer():
     assert layer.loss_name is None
     assert layer.quantization_loss() is None
     assert layer.convolves_signs
-    assert (layer.stages, layer.stage, layer.levels, layer.planes) == (("binary",), "binary", 2, 1)
+    assert (layer.stages, layer.stage, layer.levels, layer.planes) == (("real", "binary"), "binary", 2, 1)
     assert layer.pending() == {}
     assert torch.equal(layer.filters(), layer.quantized_weight()[:, 0])
-    with pytest.raises(ValueError, match="stage must be one of binary, but got 'ternary'"):
+    with pytest.raises(ValueError, match="stage must be one of real, binary, but got 'ternary'"):
         layer.set_stage("ternary")
 
 

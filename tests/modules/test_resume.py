@@ -126,7 +126,9 @@ def test_a_run_is_not_continued_without_what_it_was_trained_with(tmp_path):
     last, average = str(tmp_path / "last.ckpt"), EMAWeightAveraging
     with pytest.raises(SIGTERMException):
         run(StageSwitch(2), average(), Terminate(1))
-    with pytest.raises(InputError, match="goes from ternary to binary: give it its stage_switch again"):
+    with pytest.raises(
+        InputError, match="goes through the stages ternary, binary: give it its stage_switch or stage_plan again"
+    ):
         run(average(), ckpt_path=last)
     with pytest.raises(InputError, match=r"with averaged weights: give trainer\.callbacks its WeightAveraging again"):
         run(StageSwitch(2), ckpt_path=last)

@@ -36,7 +36,8 @@ def read_settings(folder: Path) -> dict[str, str]:
     Files that cannot be read give no settings, whatever is in them.
     """
     config = _read_if_whole(folder / "config.yaml")
-    model, data, trainer, switch = (_fields(config.get(part)) for part in ("model", "data", "trainer", "stage_switch"))
+    model, data, trainer = (_fields(config.get(part)) for part in ("model", "data", "trainer"))
+    plans = {part: _fields(_fields(config.get(part)).get("init_args")) for part in ("stage_switch", "stage_plan")}
     settings = {
         "model": _text(model.get("class_path")).rpartition(".")[2],
         **{name: _text(node) for name, node in _fields(model.get("init_args")).items()},
@@ -45,7 +46,7 @@ def read_settings(folder: Path) -> dict[str, str]:
         },  # of a TensorBoardLogger
         "data": _text(data.get("class_path")).rpartition(".")[2],
         **{f"data.{name}": _text(node) for name, node in _fields(data.get("init_args")).items()},
-        **{f"stage_switch.{name}": _text(node) for name, node in _fields(switch.get("init_args")).items()},
+        **{f"{part}.{name}": _text(node) for part, fields in plans.items() for name, node in fields.items()},
         **{name: _text(node) for name, node in trainer.items() if name not in WITHOUT_EFFECT},
         "seed_everything": _text(config.get("seed_everything")),
     }

@@ -1,0 +1,251 @@
+"""Training through a plan of stages."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from pcnn_lightning.checks import check_integer
+from pcnn_lightning.errors import InputError
+from pcnn_lightning.stages import ENTERING, STAGES, Stage, StagedModule, check_length, named
+
+
+class StagePlan(Callback):
+    """Train a network through several stages in one run, such as real, ternary and binary kernels.
+
+    Each stage has its length, and may override learning rates, schedules, optimizer and weight decay of the model;
+    see :class:`Stage`. The same stage may come again, as a warm restart. At a boundary, the latent weights are kept,
+    the optimizer begins anew, learning rate schedules restart, and the best metric is reset, so that the best
+    checkpoint of the run is one of its last stage. Stages are called after their kind; the second binary one is
+    ``binary_2``. While the layers enter a stage one after the other, it is called ``entering_binary``, and has a best
+    checkpoint of its own.
+
+    The module owns the stage, and saves and restores it; this callback only decides when it ends. A full-precision twin
+    is left unchanged, and trains as long as all stages together.
+
+    Args:
+        stages: the stages in their order.
+        patience: end a stage earlier if ``monitor`` has not risen for this many validations of it; None never does. The
+            ends of the stages after it stay where they are.
+        monitor: the metric to watch; higher is better.
+
+    Raises:
+        ValueError: if an argument is not allowed, or the shares of the stages add up to more than 1.
+        InputError: when training starts, if the model cannot be trained in a stage, or the stages do not fit into the
+            run.
+    """
+
+    def __init__(self, stages: list[Stage], patience: int | None = None, monitor: str = "val/accuracy") -> None:
+        super().__init__()
+        if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
+            raise ValueError(f"stages must be a list of at least one Stage, but got {stages!r}")
+        if patience is not None:
+            check_integer("patience", patience, 1)
+        if not isinstance(monitor, str):
+            raise ValueError(f"monitor must be the name of a metric, but got {monitor!r}")
+        self.stages = named(stages)
+        for stage in self.stages[:-1]:
+            if stage.epochs is None:
+                raise ValueError(f"stage {stage.name} must have epochs, since only the last one may take the rest")
+        shares = [stage.epochs for stage in self.stages if stage.epochs is not None and stage.epochs < 1]
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(f"epochs: the shares of the stages must add up to at most 1, but are {sum(shares):g}")
+        self.patience, self.monitor = patience, monitor
+        self.best = float("-inf")
+        self.validations_since_best = 0
+        self._is_announced = False  # that the run ends before the last stage
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the stages, in their order."""
+        return [stage.name for stage in self.stages]
+
+    def concerns(self, module: StagedModule) -> bool:
+        """Whether the module has stages to go through: a full-precision network has not."""
+        return module.trained_stages != ("full_precision",)
+
+    def begin_run(self, module: StagedModule) -> None:
+        """Put a new run into its first stage."""
+        first = self.stages[0]
+        if first.layer_by_layer:  # from a real network
+            module.take_stage(Stage("real", activations="real"))
+        module.take_stage(first)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module = cast(StagedModule, pl_module)
+        module.plan = self.stages if self.concerns(module) else ()
+        if not module.plan:
+            return
+        try:
+            for one in self.stages:
+                module.check_stage(one)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if trainer.ckpt_path is None and trainer.global_step == 0:
+            self.begin_run(module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(StagedModule, pl_module)
+        name = type(self).__name__
+        if not module.plan:
+            kinds = ", ".join(module.trained_stages)
+            rank_zero_info(f"{name} has nothing to do: {type(module).__name__} has only the stages {kinds}")
+            return
+        for term, one in module.terms.items():
+            if isinstance(one.start, str) and one.start not in self.names and one.start in STAGES:
+                raise InputError(f"{term} must begin in a stage of {', '.join(self.names)}, but got {one.start}")
+        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        if epochs < 0 and any(stage.epochs is not None and stage.epochs < 1 for stage in self.stages):
+            raise InputError(f"{name} with shares of the run needs trainer.max_epochs to be set")
+        self.first_epochs, end = self._boundaries(epochs)
+        if end is not None and end != epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                f"the stages of {name} end at epoch {end}, but trainer.max_epochs is {epochs}: "
+                "change one of them, or leave out the epochs of the last stage"
+            )
+        if self.stages[-1].layer_by_layer and epochs < 0:
+            raise InputError(f"stage {self.names[-1]}: layer_by_layer needs trainer.max_epochs to be set")
+        index = self._index(module)
+        module.stage_end = self._end(index)
+        if index < len(self.stages) - 1:
+            self._is_announced = self.patience is None and self._announce(trainer, module, epochs)
+
+    def _boundaries(self, epochs: int) -> tuple[list[int], int | None]:
+        """The first epoch of each stage, and that after the last one; None if it takes the rest of the run."""
+        ends, exact = [0], 0.0
+        for stage in self.stages:
+            if stage.epochs is None:
+                return ends, None
+            exact += stage.epochs * epochs if stage.epochs < 1 else stage.epochs
+            ends.append(max(ends[-1] + 1, round(exact)))
+        return ends[:-1], ends[-1]
+
+    def _index(self, module: StagedModule) -> int:
+        return self.names.index(str(module.stage_name).removeprefix(ENTERING))
+
+    def _end(self, index: int) -> int | None:
+        return self.first_epochs[index + 1] if index + 1 < len(self.stages) else None
+
+    def _announce(self, trainer: Trainer, module: StagedModule, epochs: int) -> bool:
+        """Warn if the run is to end before the last stage."""
+        updates = -(-trainer.num_training_batches // module.hparams.get("accumulate", 1))
+        trained = len(self.stages)
+        if epochs >= 0:
+            trained = min(trained, sum(first < epochs for first in self.first_epochs))
+            end = f"trainer.max_epochs {epochs}"
+        if trainer.max_steps >= 0:
+            by_steps = sum(first * updates < trainer.max_steps for first in self.first_epochs)
+            if by_steps < trained:
+                trained, end = by_steps, f"trainer.max_steps {trainer.max_steps}"
+        if trained == len(self.stages):
+            return False
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            first, names = self.first_epochs[trained], ", ".join(self.names[:trained])
+            rank_zero_warn(
+                f"{end} ends this run before stage {self.names[trained]} begins at epoch {first} "
+                f"(step {first * updates:.0f}): only {names} is trained"
+            )
+        return True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module = cast(StagedModule, pl_module)
+        if batch_idx > 0 or not module.plan:  # not on_train_epoch_start, skipped when resuming from an epoch's end
+            return
+        epoch, index = trainer.current_epoch, self._index(module)
+        reached = sum(first <= epoch for first in self.first_epochs) - 1
+        if self.patience is not None and self.validations_since_best >= self.patience:
+            reached = max(reached, min(index + 1, len(self.stages) - 1))
+        if reached > index:
+            module.begin_stage(self.stages[reached], epoch)
+            module.stage_end = self._end(reached)
+            self.best, self.validations_since_best = float("-inf"), 0
+            forget_best(trainer)
+        self._enter_layers(trainer, module)
+
+    def _enter_layers(self, trainer: Trainer, module: StagedModule) -> None:
+        """Let as many layers enter the stage as its epoch says."""
+        stage, count = self.stages[self._index(module)], len(module.one_bit_layers)
+        if not str(module.stage_name).startswith(ENTERING):
+            return
+        start, end = int(module.stage_start), module.stage_end or trainer.max_epochs
+        entered = stage.layers_entered(count, trainer.current_epoch - start, end - start)  # type: ignore[operator]
+        module.enter_layers(entered)
+        if entered == count:
+            forget_best(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(StagedModule, pl_module)
+        waits = self.patience is not None and module.plan and module.stage_name in self.names[:-1]
+        if not waits or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            name, known = type(self).__name__, ", ".join(sorted(trainer.callback_metrics))
+            raise InputError(f"{name} cannot watch {self.monitor}, which is not logged; there is {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value > self.best:
+            self.best, self.validations_since_best = value, 0
+        else:
+            self.validations_since_best += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(StagedModule, pl_module)
+        if not module.plan or self._is_announced or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if (index := self._index(module)) < len(self.stages) - 1:
+            name, first = self.names[index + 1], self.first_epochs[index + 1]
+            rank_zero_warn(f"the run has ended before stage {name} at epoch {first}: it is {module.stage_name}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "validations_since_best": self.validations_since_best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.validations_since_best = state_dict["best"], state_dict["validations_since_best"]
+
+
+class StageSwitch(StagePlan):
+    """Switch a ternary network to binary between two epochs of a run (Algorithm 3): the simplest plan.
+
+    Modules without a ternary stage, such as MCN, are left unchanged. A run that ``max_epochs`` or ``max_steps`` ends
+    before the switch, such as a short trial, warns and stays ternary.
+
+    Args:
+        epoch: the first binary epoch or, below 1, its position as a fraction of ``max_epochs``: rounded, and at least
+            1. Schedules of the ternary stage span the epochs before it.
+        patience: switch earlier if ``monitor`` has not risen for this many validations; None never does.
+        monitor: the metric to watch; higher is better.
+
+    Raises:
+        ValueError: if ``epoch`` or ``patience`` is not positive.
+        InputError: when training starts, if the model is binary from the first epoch, or a share has no ``max_epochs``.
+    """
+
+    def __init__(self, epoch: float, patience: int | None = None, monitor: str = "val/accuracy") -> None:
+        check_length("epoch", epoch)
+        super().__init__([Stage("ternary", epochs=epoch), Stage("binary")], patience, monitor)
+
+    def concerns(self, module: StagedModule) -> bool:
+        return "ternary" in module.trained_stages
+
+    def begin_run(self, module: StagedModule) -> None:
+        if module.stage != "ternary":
+            raise InputError(f"StageSwitch needs a model with stage: ternary, but the model's is {module.stage}")
+        super().begin_run(module)
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Reset the best metric of checkpoints and early stopping. Files that are already written stay."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint):
+            callback.best_model_score = None
+            callback.best_model_path = ""
+            callback.best_k_models = {}
+            callback.kth_best_model_path = ""
+            callback.kth_value = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+        elif isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
