@@ -236,8 +236,11 @@ def quarter_resnet18(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def front_of(activations: str, sign: Callable[..., nn.Module]) -> Callable[..., nn.Module] | None:
-    """What :func:`~pcnn_lightning.conversion.convert` puts in front of 1-bit layers, for one of :data:`ACTIVATIONS`."""
-    return {"real": None, "sign": lambda **_: sign(), "threshold": sign}[activations]
+    """What :func:`~pcnn_lightning.conversion.convert` puts in front of 1-bit layers, for one of :data:`ACTIVATIONS`.
+
+    ``off`` is for a network whose signs are not enabled, which has modules of these names.
+    """
+    return {"real": None, "off": lambda **_: nn.Identity(), "sign": lambda **_: sign(), "threshold": sign}[activations]
 
 
 def converted_network(

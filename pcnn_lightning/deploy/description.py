@@ -35,8 +35,9 @@ class Description:
         layer: ``options`` of the frozen 1-bit layers.
         class_names: names of the classes, by label; None if they have none.
         conversion: of a network from outside this package: ``layers``, the names of its 1-bit layers with their own
-            options; ``activations`` in front of them, ``real``, ``sign`` or ``threshold``; whether it is for
-            ``small_images``; and the function of the user that makes it, ``own``, or None.
+            options; ``activations`` in front of them, ``real``, ``sign``, ``threshold``, or ``off`` for signs that are
+            not enabled; whether it is for ``small_images``; and the function of the user that makes it, ``own``, or
+            None.
 
     Raises:
         InputError: names what is wrong, its value and what is allowed.
@@ -138,7 +139,7 @@ def _is_conversion(value: Any) -> bool:
     return (
         isinstance(layers, dict)
         and all(isinstance(options, dict) and all(map(_is_option, options.values())) for options in layers.values())
-        and value["activations"] in ACTIVATIONS
+        and value["activations"] in (*ACTIVATIONS, "off")
         and type(value["small_images"]) is bool
         and (value["own"] is None or isinstance(value["own"], str))
     )

@@ -1,9 +1,10 @@
 """Freezing: converts a trained network to a network for inference.
 
-A frozen network has the modules of the trained one under the same names, with three exceptions: each 1-bit layer is
-replaced by its inference layer (:meth:`QuantizedConv2d.frozen`), ``nn.BatchNorm2d`` by :class:`FrozenBatchNorm2d`, and
-dropout, also of whole blocks, by the identity. Another runtime can walk the modules and read everything it needs from
-their attributes.
+A frozen network has the modules of the trained one under the same names, with four exceptions: each 1-bit layer is
+replaced by its inference layer (:meth:`QuantizedConv2d.frozen`), ``nn.BatchNorm2d`` by :class:`FrozenBatchNorm2d`,
+1-bit activations with thresholds by a batch norm and a sign, and dropout, also of whole blocks, and activations that
+are not enabled by the identity. Another runtime can walk the modules and read everything it needs from their
+attributes.
 """
 
 import copy
@@ -35,6 +36,8 @@ def _freeze(module: nn.Module) -> nn.Module:
     """Return the frozen counterpart of ``module``, replacing its children in place."""
     if isinstance(module, QuantizedConv2d):
         return _freeze_layer(module)
+    if isinstance(module, SignActivation) and not module.enabled:
+        return nn.Identity()
     if isinstance(module, SignActivation) and module.threshold is not None:
         return module.frozen()
     if isinstance(module, nn.BatchNorm2d):

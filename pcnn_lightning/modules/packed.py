@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pcnn_lightning.backbones.blocks import Network
 from pcnn_lightning.deploy import Description, PackedNetwork, compile_openvino, load_packed
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.layers import QuantizedConv2d, SignActivation
+from pcnn_lightning.layers import QuantizedConv2d
 from pcnn_lightning.modules.classifier import OneBitClassifier
 from pcnn_lightning.modules.conversion import is_external
-from pcnn_lightning.stages import Kind
+from pcnn_lightning.stages import ENTERING, Kind
 
 NAMES_LIMIT = 2000
 """Bytes that class names may take in a packed file; the rest of its header takes less than 1 kB."""
@@ -107,10 +107,12 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
     numbers.
 
     Raises:
-        InputError: if the data do not say what images they have.
+        InputError: if the data do not say what images they have, or not all layers have entered the model's stage.
     """
     if isinstance(model, PackedClassifier):
         return model.net.description
+    if model.stage_name.startswith(ENTERING):
+        raise InputError(f"only some of the layers have entered stage {model.stage}: train on until all of them have")
     asked: dict[str, Any] = {name: getattr(data, name, None) for name in ("image_shape", "mean", "std")}
     for name, value in asked.items():
         if value is None:
@@ -130,7 +132,7 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
         std=asked["std"],
         widths=model.hparams["widths"],
         planes=model.planes,
-        sign_activations=any(isinstance(module, SignActivation) for module in model.net.modules()),
+        sign_activations=any(activation.enabled for activation in model.sign_activations),
         layer=options,
         class_names=names,
         conversion=_conversion(model, options) if is_external(model.hparams) else None,
@@ -147,7 +149,8 @@ def _layer_options(layers: list[QuantizedConv2d]) -> dict[str, Any]:
 
 def _conversion(model: OneBitClassifier, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What a packed file needs to convert the network again; ``shared`` are the options of all its 1-bit layers."""
-    kind = (model.hparams["convert"] or {}).get("activations", "real")
+    asked = (model.hparams["convert"] or {}).get("activations", "real")
+    kind = asked if asked == "real" or model.sign_activations[0].enabled else "off"
     converted = {one.name for one in model.conversion.converted} if model.conversion is not None else set()
     layers = {}
     for name, layer in model.one_bit_layers.items():
