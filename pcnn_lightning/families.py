@@ -3,7 +3,8 @@
 A new family is one line here or, outside this package, one call of :func:`register_family`.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from pcnn_lightning import layers
 
@@ -32,6 +33,14 @@ def register_family(name: str, module: str, layer: type[layers.QuantizedConv2d])
         layer: the 1-bit convolution of its networks.
     """
     FAMILIES[name] = Family(module, layer)
+
+
+def module_of(record: Mapping[str, Any]) -> Any:
+    """The import path of the LightningModule that wrote a checkpoint, from its record of the run, ``one_bit``."""
+    class_path, family = record.get("class_path"), FAMILIES.get(record.get("family", ""))
+    if family is not None and str(class_path).rpartition(".")[2] == family.module.rpartition(".")[2]:
+        return family.module  # where it is now, should the class have moved since
+    return class_path
 
 
 register_family("PCNN", "pcnn_lightning.modules.PCNN", layers.ProjectionConv2d)

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "loggers": {"losses"},
     "callbacks": {"checkpoints", "functional", "layers", "loggers", "losses"},
-    "modules": {"backbones", "checkpoints", "conversion", "deploy", "functional", "layers", "losses"},
+    "modules": {"backbones", "checkpoints", "conversion", "deploy", "families", "functional", "layers", "losses"},
     "reports": {"deploy", "layers", "modules"},
     "cli": {"callbacks", "checkpoints", "data", "deploy", "families", "loggers", "modules", "reports"},
     "__main__": {"cli"},

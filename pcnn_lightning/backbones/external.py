@@ -113,6 +113,29 @@ def external_network(
     return network
 
 
+def published_shape(name: str) -> tuple[int, int]:
+    """Number of classes and of channels that the pretrained weights of a network of another library are for.
+
+    Args:
+        name: ``torchvision/resnet18``, ``timm/resnet18d`` and the like.
+
+    Raises:
+        InputError: if there is no such network, or it has no pretrained weights.
+    """
+    library, _, own = name.partition("/")
+    if library == "torchvision":
+        from torchvision import models  # takes a second to import
+
+        _check_torchvision(own)
+        return len(models.get_model_weights(own).DEFAULT.meta["categories"]), 3
+    timm = _import_timm(own)
+    try:
+        about = timm.get_pretrained_cfg(own, allow_unregistered=False)
+    except RuntimeError as error:
+        raise InputError(f"{name} has no pretrained weights: {error}") from error
+    return about.num_classes, about.input_size[0]
+
+
 def _stem(old: nn.Conv2d, in_channels: int, small_images: bool) -> nn.Conv2d:
     size, stride, padding = ((3, 3), (1, 1), (1, 1)) if small_images else (old.kernel_size, old.stride, old.padding)
     new = nn.Conv2d(in_channels, old.out_channels, size, stride, padding, bias=old.bias is not None)  # type: ignore[arg-type]
@@ -127,8 +150,7 @@ def _stem(old: nn.Conv2d, in_channels: int, small_images: bool) -> nn.Conv2d:
 def _of_torchvision(name: str, pretrained: bool | str) -> nn.Module:
     from torchvision import models  # takes a second to import
 
-    if name not in models.list_models(module=models):
-        raise InputError(f"backbone: torchvision has no {name}; it has {', '.join(models.list_models(module=models))}")
+    _check_torchvision(name)
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     try:
         with warnings.catch_warnings():
@@ -149,14 +171,15 @@ def _of_torchvision(name: str, pretrained: bool | str) -> nn.Module:
     return network
 
 
+def _check_torchvision(name: str) -> None:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise InputError(f"backbone: torchvision has no {name}; it has {', '.join(models.list_models(module=models))}")
+
+
 def _of_timm(name: str, num_classes: int, in_channels: int, pretrained: bool | str) -> nn.Module:
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError:
-        raise InputError(f"backbone: timm/{name} needs timm: pip install 'pcnn-lightning[timm]'") from None
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 10)
-        raise InputError(f"backbone: timm has no {name}; names like it are {', '.join(close) or 'none'}")
+    timm = _import_timm(name)
     own = {"state_dict": _read_weights(pretrained), "source": ""} if isinstance(pretrained, str) else None
     shape = {"num_classes": num_classes, "in_chans": in_channels}
     try:
@@ -170,10 +193,21 @@ def _of_timm(name: str, num_classes: int, in_channels: int, pretrained: bool | s
         raise
 
 
+def _import_timm(name: str) -> Any:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise InputError(f"backbone: timm/{name} needs timm: pip install 'pcnn-lightning[timm]'") from None
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 10)
+        raise InputError(f"backbone: timm has no {name}; names like it are {', '.join(close) or 'none'}")
+    return timm
+
+
 def _no_download(name: str, error: Exception) -> InputError:
     return InputError(
         f"the weights of {name} cannot be downloaded ({type(error).__name__}): download them elsewhere, and give the "
-        "file as pretrained"
+        "file as pretrained; a teacher's, load in a function of your own"
     )
 
 

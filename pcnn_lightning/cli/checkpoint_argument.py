@@ -7,7 +7,7 @@ from typing import Any
 
 from pcnn_lightning.checkpoints import load_checkpoint
 from pcnn_lightning.deploy import load_packed
-from pcnn_lightning.families import FAMILIES
+from pcnn_lightning.families import module_of
 from pcnn_lightning.files import is_packed
 
 LINKED = {"num_classes": 10, "in_channels": 3}
@@ -37,11 +37,7 @@ def model_config(path: str) -> str:
         for name, value in checkpoint["hyper_parameters"].items()
         if name not in (*LINKED, "image_size") and not name.startswith("_")
     }
-    saved = checkpoint["one_bit"]
-    class_path, family = saved.get("class_path"), FAMILIES.get(saved.get("family"))
-    if family is not None and str(class_path).rpartition(".")[2] == family.module.rpartition(".")[2]:
-        class_path = family.module  # where it is now, should the class have moved since
-    return json.dumps({"model": {"class_path": class_path, "init_args": hparams}})
+    return json.dumps({"model": {"class_path": module_of(checkpoint["one_bit"]), "init_args": hparams}})
 
 
 def packed_config(path: str) -> str:

@@ -20,12 +20,14 @@ class Outputs(NamedTuple):
         logits: (B, num_classes).
         labels: (B,).
         layers: the 1-bit convolutions of the network.
+        teacher_logits: (B, num_classes), those of the network's teacher; None without one, and in evaluation.
     """
 
     features: Tensor
     logits: Tensor
     labels: Tensor
     layers: Sequence[QuantizedConv2d]
+    teacher_logits: Tensor | None = None
 
 
 class LossTerm(nn.Module):
@@ -41,12 +43,14 @@ class LossTerm(nn.Module):
         label: its name in figures.
         depends_on_data: False if the term has the same value for any batch, as a penalty on the weights has.
         in_evaluation: whether the term is part of the loss in validation and test; if not, validation only logs it.
+        training_only: whether the term is computed in training only, and validation does not even log it.
         sums_over_update: whether the term is a sum over the samples of an update, and not a mean.
     """
 
     label = ""
     depends_on_data = True
     in_evaluation = True
+    training_only = False
     sums_over_update = False
 
     def __init__(self, start: int | str = 0) -> None:
@@ -85,21 +89,23 @@ class CrossEntropy(LossTerm):
 
     Args:
         label_smoothing: in training only.
+        weight: in training only.
 
     Raises:
-        ValueError: if ``label_smoothing`` is not in [0, 1).
+        ValueError: if ``label_smoothing`` is not in [0, 1), or ``weight`` is negative.
     """
 
     label = "cross-entropy"
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
         super().__init__()
         check_number("label_smoothing", label_smoothing, 0, below=1)
-        self.label_smoothing = label_smoothing
+        check_number("weight", weight, 0)
+        self.label_smoothing, self.weight = label_smoothing, weight
 
     def value(self, outputs: Outputs, batches: int = 1) -> Tensor:
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(outputs.logits, outputs.labels, label_smoothing=smoothing)
+        smoothing, weight = (self.label_smoothing, self.weight) if self.training else (0.0, 1.0)
+        return weight * F.cross_entropy(outputs.logits, outputs.labels, label_smoothing=smoothing)
 
 
 class QuantizationLoss(LossTerm):

@@ -19,7 +19,7 @@ from pcnn_lightning.checks import check_choice, check_given, check_integer, chec
 from pcnn_lightning.conversion import ConversionReport
 from pcnn_lightning.errors import InputError, compile_failed
 from pcnn_lightning.layers import QuantizedConv2d, SignActivation, one_bit_layers
-from pcnn_lightning.losses import CenterLoss, CrossEntropy, LossTerm, Outputs, QuantizationLoss
+from pcnn_lightning.losses import CenterLoss, CrossEntropy, Distillation, LossTerm, Outputs, QuantizationLoss
 from pcnn_lightning.modules.accumulation import check_accumulation, synced_only_if, update_of
 from pcnn_lightning.modules.conversion import build_external, check_external, is_external
 from pcnn_lightning.modules.divergence import DivergenceWatch
@@ -46,6 +46,7 @@ from pcnn_lightning.modules.run_state import (
     restored_stage,
     save_run,
 )
+from pcnn_lightning.modules.teacher import Teacher, load_teacher
 from pcnn_lightning.stages import ENTERING, STAGES, Kind, Schedule, Stage, is_stage_name
 
 
@@ -89,6 +90,12 @@ class OneBitClassifier(LightningModule):
         center_loss_alpha: α, the share of the way that a center moves in an update.
         center_loss_start: the first epoch with center loss, or the first stage, such as ``binary`` or, in a plan of
             stages, ``binary_2``.
+        teacher: a trained network to learn from: a checkpoint of any family; a network of torchvision or timm with its
+            pretrained weights, such as ``torchvision/resnet18``; or a function of your own, such as
+            ``my_package.build``, that makes it from ``num_classes`` and ``in_channels``.
+        distill_loss_weight: weight of the cross-entropy with the teacher's predictions, in training only.
+        task_loss_weight: weight of the cross-entropy with the labels beside a teacher, in training only.
+        temperature: T, by which the logits of both are divided; the loss is multiplied by T².
         init_from: a checkpoint whose network a new run starts from; its stage is ignored.
         compile: whether to compile the backbone with ``torch.compile`` for training, once per stage. On a CPU this
             takes a C++ compiler.
@@ -140,6 +147,10 @@ class OneBitClassifier(LightningModule):
         center_loss_weight: float = 0.0,
         center_loss_alpha: float = 0.5,
         center_loss_start: int | str = 0,
+        teacher: str | None = None,
+        distill_loss_weight: float = 1.0,
+        task_loss_weight: float = 1.0,
+        temperature: float = 1.0,
         init_from: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
@@ -160,9 +171,17 @@ class OneBitClassifier(LightningModule):
         is_name = isinstance(center_loss_start, str) and is_stage_name(center_loss_start)
         if not is_name and (type(center_loss_start) is not int or center_loss_start < 0):
             raise ValueError(f"center_loss_start must be an epoch or a stage, but got {center_loss_start!r}")
+        check_number("distill_loss_weight", distill_loss_weight, 0)
+        check_number("task_loss_weight", task_loss_weight, 0)
+        distillation = Distillation(distill_loss_weight, temperature)
+        if teacher is not None and distill_loss_weight == task_loss_weight == 0:
+            raise ValueError("distill_loss_weight or task_loss_weight must be positive, but both are 0")
         self.groups = self.group_settings(self.hparams)
         self._terms, self.train_means = nn.ModuleDict(), EpochMeans(num_classes)
-        self.add_term("cross_entropy", CrossEntropy(label_smoothing))
+        self.add_term("cross_entropy", CrossEntropy(label_smoothing, 1.0 if teacher is None else task_loss_weight))
+        if teacher is not None and distill_loss_weight > 0:
+            self.add_term("distill_loss", distillation)
+        self._teacher: Teacher | None = None  # loaded when training starts
         self.val_accuracy, self.test_accuracy = accuracy(num_classes), accuracy(num_classes)
         self.plan: tuple[Stage, ...] = ()
         self._current = Stage("full_precision")
@@ -240,7 +259,7 @@ class OneBitClassifier(LightningModule):
     def twin(self) -> "OneBitClassifier":
         """An untrained full-precision twin: the same widths, blocks and hyperparameters, with ordinary convolutions."""
         hparams = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        return type(self)(**{**hparams, "full_precision": True})
+        return type(self)(**{**hparams, "full_precision": True, "teacher": None})
 
     @property
     def terms(self) -> dict[str, LossTerm]:
@@ -330,6 +349,21 @@ class OneBitClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
         use_atomic_io(self.trainer)
+        if stage == "fit":
+            self.load_teacher()
+
+    def teardown(self, stage: str) -> None:
+        self._teacher = None
+
+    def load_teacher(self) -> None:
+        """Load the teacher, if there is one. Training does so when it starts; evaluation does not need its file.
+
+        Raises:
+            InputError: if it cannot be loaded, or has other classes or channels.
+        """
+        if "distill_loss" in self.terms:
+            hparams = self.hparams
+            self._teacher = load_teacher(hparams["teacher"], hparams["num_classes"], hparams["in_channels"])
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._init_from = None  # what is loaded now is not to be replaced when training starts
@@ -377,11 +411,13 @@ class OneBitClassifier(LightningModule):
         return make_optimizer(self.parameter_groups(), self.groups, self.settings)
 
     def prepare_features(self, *, compile: bool, channels_last: bool) -> None:
-        """Lay out and compile the backbone for training."""
+        """Lay out and compile the backbone, and the teacher, for training."""
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self._memory_format)
         if compile:
             self.net.features.compile()
+        if self._teacher is not None:
+            self._teacher.prepare(self.device, cast(torch.dtype, self.dtype), self._memory_format, compile=compile)
 
     def on_fit_start(self) -> None:
         self.divergence = DivergenceWatch()  # without the memory of an earlier fit
@@ -449,7 +485,9 @@ class OneBitClassifier(LightningModule):
             labels: (B,).
             batches: number of batches and processes that the loss of an update is averaged over.
         """
-        outputs = self._outputs(images, labels)
+        # First, so that its activations do not come on top of those that wait for the backward pass.
+        teacher_logits = None if self._teacher is None else self._teacher(images)
+        outputs = self._outputs(images, labels)._replace(teacher_logits=teacher_logits)
         begun = {name: term for name, term in self.terms.items() if self.has_begun(term)}
         return {name: term.value(outputs, batches) for name, term in begun.items()}, outputs.logits
 
@@ -557,7 +595,8 @@ class OneBitClassifier(LightningModule):
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor], metric: nn.Module) -> dict[str, Tensor]:
         outputs = self._outputs(*batch)
         terms = {name: term for name, term in self.terms.items() if term.in_evaluation}
-        shown = {} if split == "test" else {name: term for name, term in self.terms.items() if self.has_begun(term)}
+        others = {name: term for name, term in self.terms.items() if not term.training_only and self.has_begun(term)}
+        shown = {} if split == "test" else others
         batches = self.hparams.get("accumulate", 1) * self.trainer.world_size
         losses = {name: term.value(outputs, batches) for name, term in {**terms, **shown}.items()}
         losses["loss"] = torch.stack([losses[name] for name in terms]).sum()

@@ -16,12 +16,13 @@ MODELS = {
 }
 MAY_BE_NONE = {
     *("widths", "gradient_clip", "init_from", "scale", "projection_forward", "projection_init"),
-    *("image_size", "network", "convert"),
+    *("image_size", "network", "convert", "teacher"),
     *(f"projection_{name}" for name in ("schedule", "milestones", "decay", "warmup_epochs")),
 }
 NUMBERS = {
     *("num_classes", "in_channels", "dropout", "eta1", "decay", "warmup_epochs", "momentum", "weight_decay"),
     *("accumulate", "gradient_clip", "label_smoothing", "center_loss_weight", "center_loss_alpha", "center_loss_start"),
+    *("distill_loss_weight", "task_loss_weight", "temperature"),
     *("eta2", "projection_decay", "projection_warmup_epochs", "projection_weight_decay"),
     *("projections", "sigma", "projection_loss_weight", "eta", "planes", "levels", "scale", "filter_loss_weight"),
 }
@@ -33,6 +34,7 @@ OTHERS = {
     **dict.fromkeys(SWITCHES, "bool"),
     "init_from": "str",
     "network": "str",
+    "teacher": "str",
     "pretrained": r"bool \| str",
     "image_size": r"list\[int\]",
     "widths": r"list\[int\]",

@@ -69,6 +69,7 @@ class Training:
 
     def __init__(self, model: OneBitClassifier, datamodule: LightningDataModule, setting: Setting) -> None:
         self._model = model.to(setting.device).train()
+        self._model.load_teacher()
         self._model.prepare_features(compile=setting.compiled, channels_last=setting.channels_last)
         self._optimizer = model.configure_optimizers()
         self._scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.precision == "16-mixed")
