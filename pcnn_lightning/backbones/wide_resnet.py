@@ -25,6 +25,7 @@ def wide_resnet(
     widths: Sequence[int] = (16, 16, 32, 64),
     planes: int = 1,
     depth: int = 22,
+    **block: bool,
 ) -> Network:
     """Build a wide ResNet.
 
@@ -38,6 +39,7 @@ def wide_resnet(
         widths: number of feature maps of the stem and of each stage.
         planes: J, number of channels per feature map.
         depth: number of layers, including the stem, the two downsampling shortcuts and the classifier.
+        block: options of the blocks; see ``OneBitBlock``.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -47,5 +49,5 @@ def wide_resnet(
         raise ValueError(f"depth must be 3n + 4 for a wide ResNet, but got {depth}")
     widths = channel_counts(widths, 4, planes)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=full_precision_stem(in_channels, widths[0]))
-    layers |= residual_stages(widths, [blocks] * 3, convolution, activation, planes)
+    layers |= residual_stages(widths, [blocks] * 3, convolution, activation, planes, **block)
     return pooled(layers, widths[-1], num_classes)

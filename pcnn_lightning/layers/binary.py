@@ -5,8 +5,8 @@ from typing import get_args
 from torch import Tensor
 
 from pcnn_lightning.checks import check_choice
-from pcnn_lightning.functional import binarize
-from pcnn_lightning.functional.binary import Normalization, WeightGradient
+from pcnn_lightning.functional import Normalization, binarize
+from pcnn_lightning.functional.binary import WeightGradient
 from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d, Scaling
 
 
