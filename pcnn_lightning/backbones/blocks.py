@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -102,7 +102,7 @@ def residual_stages(
     convolution: Convolution,
     activation: Activation,
     planes: int,
-    **block: bool,
+    **block: Any,
 ) -> OrderedDict[str, nn.Module]:
     """Build stages of residual blocks, each of which, except the first, halves the height and width.
 

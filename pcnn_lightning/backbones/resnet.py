@@ -5,7 +5,7 @@ Liu et al., 2018, https://arxiv.org/abs/1808.00278.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,7 +32,7 @@ def resnet(
     planes: int = 1,
     depth: int = 18,
     stem: Literal["imagenet", "cifar"] = "imagenet",
-    **block: bool,
+    **block: Any,
 ) -> Network:
     """Build a ResNet: stem, four stages of blocks, global average pooling and a linear classifier.
 

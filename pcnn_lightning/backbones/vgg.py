@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,7 @@ def vgg_small(
     *,
     widths: Sequence[int] = (128, 256, 512),
     planes: int = 1,
-    **block: bool,
+    **block: Any,
 ) -> Network:
     """Build VGG-small: two convolutions and max pooling per stage, then a linear classifier on 4×4 feature maps.
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -25,7 +26,7 @@ def wide_resnet(
     widths: Sequence[int] = (16, 16, 32, 64),
     planes: int = 1,
     depth: int = 22,
-    **block: bool,
+    **block: Any,
 ) -> Network:
     """Build a wide ResNet.
 

@@ -136,11 +136,7 @@ def _is_option(value: object) -> bool:
 
 
 def _is_block(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() <= set(BLOCK_OPTIONS)
-        and all(type(on) is bool for on in value.values())
-    )
+    return isinstance(value, dict) and all(one in BLOCK_OPTIONS and type(on) is bool for one, on in value.items())
 
 
 def _is_conversion(value: Any) -> bool:

@@ -174,7 +174,10 @@ def test_rewrite_without_changes_keeps_the_file():
         (without("crc32"), "no metadata"),
         (without("description"), "no metadata"),
         (lambda header: [header], "no metadata"),
-        (lambda header: {**header, "description": []}, "its description must be an object of backbone, class_names"),
+        (
+            lambda header: {**header, "description": []},
+            "its description must be an object of backbone, block, class_names",
+        ),
         (lambda header: {**header, "description": None}, "its description must be an object"),
         (described(hidden=1), "its description must be an object"),
         (described(backbone="wrn22"), "its network takes codes of U8"),

@@ -1,19 +1,24 @@
 """Options of blocks, and of filters, as arguments of the models."""
 
+from functools import partial
+
 import pytest
 import torch
-from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn
+from tiny import fit, tiny_digits, tiny_pcnn
 
-from pcnn_lightning import BNN
+from pcnn_lightning import BNN, MCN, PCNN
 from pcnn_lightning.deploy import load_packed, save_packed
 from pcnn_lightning.modules import describe
 
 OPTIONS = {"activation_threshold": True, "two_slopes": True}
 
 
-@pytest.mark.parametrize("model", [tiny_pcnn(normalization="standardize", **OPTIONS), BNN(backbone="wrn7", **OPTIONS)])
-def test_what_the_options_add_is_learned_and_packed(model):
-    model = type(model)(**{**model.hparams, "in_channels": 1, "widths": [2, 2, 2, 2]})
+@pytest.mark.parametrize("family", ["PCNN", "BNN"])
+def test_what_the_options_add_is_learned_and_packed(family):
+    if family == "PCNN":
+        model = tiny_pcnn(normalization="standardize", **OPTIONS)
+    else:
+        model = BNN(backbone="wrn7", in_channels=1, widths=[2, 2, 2, 2], **OPTIONS)
     block, data = model.net.features.stage2[0], tiny_digits()
     fit(model, data)
     assert block.activation.is_set
@@ -47,27 +52,19 @@ def test_the_full_precision_twin_keeps_the_slopes_and_has_no_thresholds():
     assert not any("threshold" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: tiny_mcn(backbone="wrn7", activation_threshold=True),
-            "must be false, since this model has real activ",
-        ),
-        (
-            lambda: BNN(sign_activations=False, activation_threshold=True),
-            "must be false, since this model has real act",
-        ),
-        (
-            lambda: tiny_pcnn(backbone="mcn8", activation_threshold=True),
-            "must be false for backbone mcn8, which has no",
-        ),
-        (
-            lambda: BNN(backbone="torchvision/resnet18", activation_threshold=True),
-            "is for networks of this package, not for torchvision/resnet18, but got True",
-        ),
-    ],
-)
-def test_thresholds_without_signs_or_blocks_are_refused(make, message):
+REAL = "must be false, since this model has real activations, but got True"
+REFUSED = {
+    "MCN": (partial(MCN, backbone="wrn7"), REAL),
+    "BWN": (partial(BNN, sign_activations=False), REAL),
+    "mcn8": (partial(PCNN, backbone="mcn8"), "must be false for backbone mcn8, which has no blocks with options"),
+    "torchvision": (
+        partial(BNN, backbone="torchvision/resnet18"),
+        "is for networks of this package, not for torchvision/resnet18, but got True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), REFUSED.values(), ids=REFUSED)
+def test_thresholds_without_signs_or_blocks_are_refused(model, message):
     with pytest.raises(ValueError, match=f"^activation_threshold {message}"):
-        make()
+        model(activation_threshold=True)
