@@ -49,6 +49,16 @@ def quantize(
     return quantized
 
 
+def normalize(weight: Tensor, normalization: str) -> Tensor:
+    """C with the mean of each filter subtracted, and divided by its deviation; autograd can differentiate it."""
+    filters = []
+    for kernel in weight:
+        centered = kernel - kernel.sum() / kernel.numel() if normalization != "none" else kernel
+        variance = centered.square().sum() / kernel.numel()
+        filters.append(centered / variance.sqrt() if normalization == "standardize" else centered)
+    return torch.stack(filters)
+
+
 def projection_loss(weight: Tensor, projection: Tensor, quantized: Tensor, loss_weight: float) -> float:
     """λ/2 Σ_j ‖Ĉ_j - W̃_j ∘ C‖² (3.42 with η = 0), summed one kernel at a time."""
     weight, projection = weight.detach().double(), projection.detach().double()

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pcnn_lightning.backbones.blocks import Activation, Convolution, Network, OneBitBlock
+from pcnn_lightning.backbones.blocks import BLOCK_OPTIONS, Activation, Convolution, Network, OneBitBlock
 from pcnn_lightning.backbones.mcn import mcn_small, mcn_wide
 from pcnn_lightning.backbones.resnet import resnet
 from pcnn_lightning.backbones.vgg import vgg_small
 from pcnn_lightning.backbones.wide_resnet import wide_resnet
-from pcnn_lightning.checks import check_integer, check_number
+from pcnn_lightning.checks import check_bool, check_choice, check_integer, check_number
 
 Backbone = Callable[..., Network]
-"""Takes ``(num_classes, in_channels, convolution, activation)``, ``widths``, ``planes`` and, in some, ``dropout``."""
+"""Takes ``(num_classes, in_channels, convolution, activation)``, ``widths``, ``planes`` and, in some, ``dropout`` or
+``**block``, the options of :class:`OneBitBlock`."""
 
 BACKBONES: dict[str, Backbone] = {
     "wrn7": partial(wide_resnet, depth=7),
@@ -44,6 +45,7 @@ def build_backbone(
     widths: list[int] | None = None,
     planes: int = 1,
     dropout: float = 0.0,
+    **block: bool,
 ) -> Network:
     """Build a backbone by name.
 
@@ -57,6 +59,8 @@ def build_backbone(
             backbone.
         planes: J or K, number of channels per feature map.
         dropout: dropout rate, in [0, 1); must be 0 for backbones without dropout.
+        block: options of :class:`OneBitBlock`, ``activation_threshold`` and ``two_slopes``; must be false for backbones
+            without such blocks.
 
     Raises:
         ValueError: if there is no backbone of that name, or an argument is invalid.
@@ -66,12 +70,20 @@ def build_backbone(
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         check_integer(argument, value, 1)
     check_number("dropout", dropout, 0, below=1)
+    for option, value in block.items():
+        check_choice("block", option, BLOCK_OPTIONS)
+        check_bool(option, value)
     chosen: dict[str, Any] = {} if widths is None else {"widths": widths}
-    if "dropout" in inspect.signature(BACKBONES[name]).parameters:
+    parameters = inspect.signature(BACKBONES[name]).parameters
+    if "dropout" in parameters:
         chosen["dropout"] = dropout
     elif dropout > 0:
         raise ValueError(f"dropout must be 0 for backbone {name}, which has no dropout, but got {dropout}")
+    if "block" in parameters:
+        chosen |= block
+    elif on := [option for option, value in block.items() if value]:
+        raise ValueError(f"{on[0]} must be false for backbone {name}, which has no blocks with options, but got True")
     return BACKBONES[name](num_classes, in_channels, convolution, activation, planes=planes, **chosen)
 
 
-__all__ = ["BACKBONES", "Network", "OneBitBlock", "build_backbone"]
+__all__ = ["BACKBONES", "BLOCK_OPTIONS", "Network", "OneBitBlock", "build_backbone"]

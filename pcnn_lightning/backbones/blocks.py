@@ -2,18 +2,23 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+
+from pcnn_lightning.layers import TwoSlopePReLU
 
 Convolution = Callable[..., nn.Module]
 """Factory that builds a layer from ``(in_channels, out_channels, kernel_size, stride, padding)``: a class such as
 ``ProjectionConv2d`` with its other arguments bound, or an ordinary convolution without bias. The keyword ``planes``
 overrides the network's number of channels per feature map; ``groups`` and ``bias`` are those of the layer."""
 
-Activation = Callable[[], nn.Module]
+Activation = Callable[..., nn.Module]
 """Factory of the module that binarizes the input of such a layer: ``SignActivation``, or ``nn.Identity`` for
-real-valued activations."""
+real-valued activations. The keyword ``threshold`` is the number of channels with a learned threshold."""
+
+BLOCK_OPTIONS = ("activation_threshold", "two_slopes")
+"""Options of :class:`OneBitBlock`, all of them off by default."""
 
 
 class OneBitBlock(nn.Module):
@@ -27,6 +32,11 @@ class OneBitBlock(nn.Module):
         stride: 1 or 2.
         shortcut: module whose output is added to that of the convolution; None for no shortcut.
         pool: pooling layer after the convolution, in networks that use max pooling; None for no pooling.
+        activation_threshold: whether each channel has a learned threshold in front of its sign, as in ReActNet (Liu et
+            al., ECCV 2020, https://arxiv.org/abs/2003.03488).
+        two_slopes: whether the PReLU has two learned slopes, as the Maxout of AdaBin (Tu et al., ECCV 2022,
+            https://arxiv.org/abs/2208.08084).
+        name: what errors call the block.
     """
 
     def __init__(
@@ -39,14 +49,20 @@ class OneBitBlock(nn.Module):
         stride: int = 1,
         shortcut: nn.Module | None = None,
         pool: nn.Module | None = None,
+        activation_threshold: bool = False,
+        two_slopes: bool = False,
+        name: str = "",
     ) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(in_channels)
-        self.activation = activation()
+        if activation_threshold:
+            self.activation = activation(threshold=in_channels, name=f"{name}.activation")
+        else:
+            self.activation = activation()
         self.conv = convolution(in_channels, out_channels, 3, stride, 1)
         self.pool = pool
         self.shortcut = shortcut
-        self.prelu = nn.PReLU(out_channels)
+        self.prelu = TwoSlopePReLU(out_channels) if two_slopes else nn.PReLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(self.activation(self.norm(x)))
@@ -81,7 +97,12 @@ def full_precision_stem(in_channels: int, width: int, kernel_size: int = 3, stri
 
 
 def residual_stages(
-    widths: Sequence[int], blocks: Sequence[int], convolution: Convolution, activation: Activation, planes: int
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    convolution: Convolution,
+    activation: Activation,
+    planes: int,
+    **block: Any,
 ) -> OrderedDict[str, nn.Module]:
     """Build stages of residual blocks, each of which, except the first, halves the height and width.
 
@@ -91,15 +112,19 @@ def residual_stages(
         convolution: factory of the 3×3 convolutions.
         activation: factory of the modules that binarize their inputs.
         planes: number of groups of the convolutions in the shortcuts.
+        block: options of the blocks, of :data:`BLOCK_OPTIONS`.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     channels = widths[0]
     for index, (width, count) in enumerate(zip(widths[1:], blocks, strict=True)):
         layers = []
-        for block in range(count):
-            stride = 2 if index > 0 and block == 0 else 1
+        for place in range(count):
+            stride = 2 if index > 0 and place == 0 else 1
             skip = shortcut(channels, width, stride, planes)
-            layers.append(OneBitBlock(channels, width, convolution, activation, stride=stride, shortcut=skip))
+            name = f"stage{index + 1}.{place}"
+            layers.append(
+                OneBitBlock(channels, width, convolution, activation, stride=stride, shortcut=skip, name=name, **block)
+            )
             channels = width
         stages[f"stage{index + 1}"] = nn.Sequential(*layers)
     return stages

@@ -5,7 +5,7 @@ Liu et al., 2018, https://arxiv.org/abs/1808.00278.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,7 @@ def resnet(
     planes: int = 1,
     depth: int = 18,
     stem: Literal["imagenet", "cifar"] = "imagenet",
+    **block: Any,
 ) -> Network:
     """Build a ResNet: stem, four stages of blocks, global average pooling and a linear classifier.
 
@@ -44,6 +45,7 @@ def resnet(
         planes: J, number of channels per feature map.
         depth: 18 or 34.
         stem: 7×7 convolution with stride 2 and max pooling (``"imagenet"``), or 3×3 convolution (``"cifar"``).
+        block: options of the blocks; see ``OneBitBlock``.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -57,5 +59,5 @@ def resnet(
         layers["stem_pool"] = nn.MaxPool2d(3, stride=2, padding=1)
     else:
         layers["stem"] = full_precision_stem(in_channels, widths[0])
-    layers |= residual_stages(widths, BLOCKS[depth], convolution, activation, planes)
+    layers |= residual_stages(widths, BLOCKS[depth], convolution, activation, planes, **block)
     return pooled(layers, widths[-1], num_classes)

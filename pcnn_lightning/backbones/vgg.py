@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,7 @@ def vgg_small(
     *,
     widths: Sequence[int] = (128, 256, 512),
     planes: int = 1,
+    **block: Any,
 ) -> Network:
     """Build VGG-small: two convolutions and max pooling per stage, then a linear classifier on 4×4 feature maps.
 
@@ -35,6 +37,7 @@ def vgg_small(
         activation: factory of the modules that binarize their inputs.
         widths: number of feature maps of each stage; the stem has as many as the first.
         planes: J, number of channels per feature map.
+        block: options of the blocks; see ``OneBitBlock``.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -44,10 +47,11 @@ def vgg_small(
     channels = widths[0]
     for index, width in enumerate(widths):
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        stage, pool = f"stage{index + 1}", nn.MaxPool2d(2, ceil_mode=True)
         if index > 0:
-            blocks["first"] = OneBitBlock(channels, width, convolution, activation)
-        blocks["last"] = OneBitBlock(width, width, convolution, activation, pool=nn.MaxPool2d(2, ceil_mode=True))
-        layers[f"stage{index + 1}"] = nn.Sequential(blocks)
+            blocks["first"] = OneBitBlock(channels, width, convolution, activation, name=f"{stage}.first", **block)
+        blocks["last"] = OneBitBlock(width, width, convolution, activation, pool=pool, name=f"{stage}.last", **block)
+        layers[stage] = nn.Sequential(blocks)
         channels = width
     layers["pool"] = nn.AdaptiveAvgPool2d(4)
     layers["flatten"] = nn.Flatten()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +26,7 @@ def wide_resnet(
     widths: Sequence[int] = (16, 16, 32, 64),
     planes: int = 1,
     depth: int = 22,
+    **block: Any,
 ) -> Network:
     """Build a wide ResNet.
 
@@ -38,6 +40,7 @@ def wide_resnet(
         widths: number of feature maps of the stem and of each stage.
         planes: J, number of channels per feature map.
         depth: number of layers, including the stem, the two downsampling shortcuts and the classifier.
+        block: options of the blocks; see ``OneBitBlock``.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -47,5 +50,5 @@ def wide_resnet(
         raise ValueError(f"depth must be 3n + 4 for a wide ResNet, but got {depth}")
     widths = channel_counts(widths, 4, planes)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=full_precision_stem(in_channels, widths[0]))
-    layers |= residual_stages(widths, [blocks] * 3, convolution, activation, planes)
+    layers |= residual_stages(widths, [blocks] * 3, convolution, activation, planes, **block)
     return pooled(layers, widths[-1], num_classes)

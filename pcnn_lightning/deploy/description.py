@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pcnn_lightning.backbones import BACKBONES
+from pcnn_lightning.backbones import BACKBONES, BLOCK_OPTIONS
 from pcnn_lightning.backbones.external import ACTIVATIONS
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.families import FAMILIES
@@ -12,6 +12,7 @@ LARGEST = 2**20
 """Upper bound of channels, classes and pixels per side, and of the magnitude of means and standard deviations."""
 SMALLEST_STD = 1e-6
 """Lower bound of standard deviations: images are divided by them in float32, where much smaller ones are 0."""
+_LATER = {"conversion", "block"}  # fields that the first files do not have
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Description:
             options; ``activations`` in front of them, ``real``, ``sign``, ``threshold``, or ``off`` for signs that are
             not enabled; whether it is for ``small_images``; and the function of the user that makes it, ``own``, or
             None.
+        block: options of the blocks of the backbone, of ``pcnn_lightning.backbones.BLOCK_OPTIONS``.
 
     Raises:
         InputError: names what is wrong, its value and what is allowed.
@@ -57,6 +59,7 @@ class Description:
     layer: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     conversion: dict[str, Any] | None = None
+    block: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("image_size", "mean", "std", "widths", "class_names"):
@@ -71,6 +74,7 @@ class Description:
         self._one_of("sign_activations", (False, True))
         options = isinstance(self.layer, dict) and all(map(_is_option, self.layer.values()))
         self._require("layer", options, "an object of strings, integers, booleans and nulls")
+        self._require("block", _is_block(self.block), f"an object of booleans by {', '.join(BLOCK_OPTIONS)}")
         for name in ("num_classes", "in_channels", "planes"):
             self._require(name, _is_size(getattr(self, name)), f"an integer from 1 to {LARGEST}")
         self._require("image_size", _is_row(self.image_size, _is_size, 2), f"two integers from 1 to {LARGEST}")
@@ -84,8 +88,8 @@ class Description:
         self._require("class_names", named, f"None, or {self.num_classes} strings, as many as num_classes")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON; without ``conversion`` if there is none, as files had it before."""
-        return {name: value for name, value in asdict(self).items() if name != "conversion" or value is not None}
+        """Return the fields, ready for JSON; without ``conversion`` and ``block`` if empty, as files had it before."""
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value}
 
     @classmethod
     def from_dict(cls, content: object) -> "Description":
@@ -95,7 +99,7 @@ class Description:
             InputError: if ``content`` is not such an object.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or set(content) | {"conversion"} != names:
+        if not isinstance(content, dict) or set(content) | _LATER != names:
             raise InputError(f"its description must be an object of {', '.join(sorted(names))}")
         return cls(**content)
 
@@ -130,6 +134,10 @@ def _is_std(value: object) -> bool:
 
 def _is_option(value: object) -> bool:
     return value is None or type(value) in (str, int, bool)
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, dict) and all(one in BLOCK_OPTIONS and type(on) is bool for one, on in value.items())
 
 
 def _is_conversion(value: Any) -> bool:

@@ -45,7 +45,7 @@ from pcnn_lightning.deploy.packed import PackedNetwork, load_packed
 from pcnn_lightning.deploy.thresholds import sign_thresholds
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import write_whole
-from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, SignActivation
+from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, SignActivation, TwoSlopePReLU
 from pcnn_lightning.layers.modulated import FrozenModulatedConv2d
 
 _KEY = "pcnn_lightning"
@@ -288,6 +288,7 @@ class _Graph:
             nn.Linear: self.linear,
             nn.ReLU: lambda _, __, x: opset15.relu(x),
             nn.PReLU: lambda _, module, x: opset15.prelu(x, self.constant(module.weight)),
+            TwoSlopePReLU: self.two_slopes,
             nn.Identity: self.identity,
             nn.Flatten: self.flatten,
             nn.MaxPool2d: self.max_pool,
@@ -450,7 +451,12 @@ class _Graph:
         shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
         return self.opset.reshape(kernels, np.array(shape), special_zero=False)
 
-    # Pools and linear layers.
+    # PReLUs, pools and linear layers.
+
+    def two_slopes(self, operation: Operation, module: Any, x: Any) -> Any:
+        above = self.opset.multiply(self.opset.relu(x), self.per_channel(module.positive, operation))
+        below = self.opset.multiply(self.opset.minimum(x, np.float32(0)), self.per_channel(module.negative, operation))
+        return self.opset.add(above, below)
 
     def identity(self, operation: Operation, _: Any, x: Any) -> Any:
         (source,) = operation.inputs

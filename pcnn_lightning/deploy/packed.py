@@ -201,6 +201,7 @@ def _skeleton(description: Description, own: Factory | None = None) -> Network:
                 SignActivation if description.sign_activations else nn.Identity,
                 widths=None if description.widths is None else list(description.widths),
                 planes=description.planes,
+                **description.block,
             )
             return cast(Network, freeze(network))
     except _Unsupported:

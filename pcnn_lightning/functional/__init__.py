@@ -8,6 +8,8 @@ from pcnn_lightning.functional.binary import binarize as binarize
 from pcnn_lightning.functional.modulation import kmeans_1d as kmeans_1d
 from pcnn_lightning.functional.modulation import modulate as modulate
 from pcnn_lightning.functional.modulation import nearest as nearest
+from pcnn_lightning.functional.normalization import Normalization as Normalization
+from pcnn_lightning.functional.normalization import normalize_filters as normalize_filters
 from pcnn_lightning.functional.projection import ProjectionForward as ProjectionForward
 from pcnn_lightning.functional.projection import eta_square as eta_square
 from pcnn_lightning.functional.projection import project as project

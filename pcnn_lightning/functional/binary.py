@@ -12,10 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from pcnn_lightning.functional.normalization import Normalization, normalize_filters
 from pcnn_lightning.functional.signs import sign, sign_activation, straight_through
 
 WeightGradient = Literal["clip", "identity", "scaled"]
-Normalization = Literal["none", "center", "standardize"]
 
 
 def binarize(
@@ -40,7 +40,7 @@ def binarize(
         scaling: one a per output ``"channel"``, per ``"layer"``, or a = 1 (``"none"``).
         gradient: ``"clip"`` passes the gradient where \|V\| <= 1, ``"identity"`` everywhere, and ``"scaled"`` a times
             the gradient where \|V\| <= 1.
-        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ.
+        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ; see :func:`normalize_filters`.
 
     Returns:
         D, (O, in, kh, kw).
@@ -54,14 +54,9 @@ def binarize(
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    filters = (1, 2, 3)
-    if normalization != "none":
-        weight = weight - weight.mean(dim=filters, keepdim=True)
-    if normalization == "standardize":
-        # A filter of equal elements is zero and stays so.
-        weight = weight / weight.std(dim=filters, correction=0, keepdim=True).clamp(min=1e-12)
+    weight = normalize_filters(weight, normalization)
     fixed = weight.detach()
-    dims = filters if scaling == "channel" else (0, 1, 2, 3)
+    dims = (1, 2, 3) if scaling == "channel" else (0, 1, 2, 3)
     scale = 1 if scaling == "none" else fixed.abs().mean(dim=dims, keepdim=True)
     if gradient == "scaled":
         return sign_activation(weight) * scale

@@ -9,4 +9,5 @@ from pcnn_lightning.layers.convolution import Storage as Storage
 from pcnn_lightning.layers.convolution import one_bit_layers as one_bit_layers
 from pcnn_lightning.layers.modulated import FrozenModulatedConv2d as FrozenModulatedConv2d
 from pcnn_lightning.layers.modulated import ModulatedConv2d as ModulatedConv2d
+from pcnn_lightning.layers.prelu import TwoSlopePReLU as TwoSlopePReLU
 from pcnn_lightning.layers.projection import ProjectionConv2d as ProjectionConv2d

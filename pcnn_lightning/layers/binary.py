@@ -5,8 +5,8 @@ from typing import get_args
 from torch import Tensor
 
 from pcnn_lightning.checks import check_choice
-from pcnn_lightning.functional import binarize
-from pcnn_lightning.functional.binary import Normalization, WeightGradient
+from pcnn_lightning.functional import Normalization, binarize, normalize_filters
+from pcnn_lightning.functional.binary import WeightGradient
 from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d, Scaling
 
 
@@ -69,6 +69,10 @@ class BinaryConv2d(QuantizedConv2d):
     def quantize(self) -> tuple[Tensor, None]:
         kernels = binarize(self.weight, scaling=self.scaling, gradient=self.gradient, normalization=self.normalization)
         return kernels, None
+
+    def unquantized(self) -> tuple[Tensor, None]:
+        """C, normalized as in the other stage."""
+        return normalize_filters(self.weight, self.normalization), None
 
     def extra_repr(self) -> str:
         return (

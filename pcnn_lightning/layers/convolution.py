@@ -225,7 +225,7 @@ class QuantizedConv2d(Convolution2d):
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """The kernels that convolve, (out_channels, in_channels / groups, kh, kw), detached."""
-        return self.kernels()[0].detach()
+        return self.kernels()[0].clone()
 
     def quantization_loss(self) -> Tensor | None:
         """The weighted loss of quantizing the kernels (3.42 or 3.18): a scalar, at least float32; None without one.

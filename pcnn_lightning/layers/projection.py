@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pcnn_lightning.checks import check_choice, check_number, check_positive
-from pcnn_lightning.functional import ProjectionForward, eta_square, project
+from pcnn_lightning.functional import Normalization, ProjectionForward, eta_square, normalize_filters, project
 from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d
 
 ProjectionInit = Literal["normal", "signs", "near_one", "ones"]
@@ -41,6 +41,11 @@ class ProjectionConv2d(QuantizedConv2d):
         projection_init: W ~ N(0, 1) (``"normal"``), ±1 (``"signs"``), N(1, 0.1) (``"near_one"``) or 1 (``"ones"``).
             Default: normal with the full forward, near one with the mean: there, the gradient (3.49) of an element
             whose W has the opposite sign of the mean points uphill.
+        normalization: ``"center"`` or ``"standardize"`` each filter of C before it is projected, or ``"none"``; see
+            :func:`pcnn_lightning.functional.normalize_filters`. All equations are then those of the normalized kernels
+            C̃, the scale a = mean|C̃| and the projection loss included, and the gradient flows on to C. Standardized
+            kernels are about √(fan_in / 2) times as large as He et al. draw C, which makes the loss fan_in / 2 times
+            as large: λ has to be smaller.
 
     Attributes:
         weight: C, (out_channels / J, in_channels / groups, kh, kw).
@@ -87,6 +92,7 @@ class ProjectionConv2d(QuantizedConv2d):
         eta: float = 0.0,
         projection_forward: ProjectionForward | None = None,
         projection_init: ProjectionInit | None = None,
+        normalization: Normalization = "none",
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, planes=projections
@@ -100,7 +106,8 @@ class ProjectionConv2d(QuantizedConv2d):
         if projection_init is None:
             projection_init = "near_one" if projection_forward == "mean" else "normal"
         check_choice("projection_init", projection_init, get_args(ProjectionInit))
-        self.projections, self.sigma, self.eta = projections, sigma, eta
+        check_choice("normalization", normalization, get_args(Normalization))
+        self.projections, self.sigma, self.eta, self.normalization = projections, sigma, eta, normalization
         self.projection_loss_weight = projection_loss_weight
         self.projection_forward, self.projection_init = projection_forward, projection_init
         self.projection = nn.Parameter(torch.empty(projections, *self.kernel_size))
@@ -139,7 +146,7 @@ class ProjectionConv2d(QuantizedConv2d):
 
     def quantize(self) -> tuple[Tensor, Tensor]:
         return project(
-            self.weight,
+            normalize_filters(self.weight, self.normalization),
             self.projection,
             levels=self.levels,
             sigma=self.sigma,
@@ -153,7 +160,8 @@ class ProjectionConv2d(QuantizedConv2d):
         """W̃_j ∘ C, the same shape as D, and a loss of 0."""
         by_mean = self.projection_forward == "mean"
         matrices = self.projection.mean(dim=(-2, -1), keepdim=True) if by_mean else self.projection
-        return (matrices.unsqueeze(1) * self.weight.unsqueeze(1)).flatten(0, 1), super().unquantized()[1]
+        weight = normalize_filters(self.weight, self.normalization)
+        return (matrices.unsqueeze(1) * weight.unsqueeze(1)).flatten(0, 1), super().unquantized()[1]
 
     def filters(self) -> Tensor:
         """W, (J, kh, kw)."""
@@ -203,5 +211,5 @@ class ProjectionConv2d(QuantizedConv2d):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, projections={self.projections}, stage={self.stage!r}, "
-            f"projection_forward={self.projection_forward!r}"
+            f"projection_forward={self.projection_forward!r}, normalization={self.normalization!r}"
         )

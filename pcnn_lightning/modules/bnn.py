@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from pcnn_lightning.functional import SignGradient
-from pcnn_lightning.functional.binary import Normalization, WeightGradient
+from pcnn_lightning.functional import Normalization, SignGradient
+from pcnn_lightning.functional.binary import WeightGradient
 from pcnn_lightning.layers import BinaryConv2d, SignActivation
 from pcnn_lightning.layers.convolution import Scaling
 from pcnn_lightning.modules.classifier import OneBitClassifier

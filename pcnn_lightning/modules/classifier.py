@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
 
-from pcnn_lightning.backbones import Network, build_backbone
+from pcnn_lightning.backbones import BLOCK_OPTIONS, Network, build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint, use_atomic_io
 from pcnn_lightning.checks import check_choice, check_given, check_integer, check_number, check_positive
 from pcnn_lightning.conversion import ConversionReport
@@ -72,6 +72,9 @@ class OneBitClassifier(LightningModule):
             ``activations``: ``real``, ``sign``, or ``threshold``, a learned threshold in front of the sign.
         widths: feature maps of the stem and of each stage; None takes the backbone's own.
         dropout: dropout rate, for a backbone that has dropout.
+        activation_threshold: whether the blocks of wide ResNets, ResNets and VGG-small learn a threshold for each
+            channel in front of its sign, as in ReActNet; without effect in full precision.
+        two_slopes: whether both slopes of the PReLUs of these blocks are learned, as in AdaBin.
         full_precision: train the full-precision twin: the same network with ordinary convolutions and no sign.
         eta1: η₁, learning rate of the kernels and all other ordinary parameters.
         schedule: how η₁ changes over a stage: ``constant``, ``multistep``, ``cosine`` or ``exponential``.
@@ -109,6 +112,7 @@ class OneBitClassifier(LightningModule):
         stage: the current stage, a key of ``pcnn_lightning.stages.STAGES``.
         stage_name: what logs and files call it.
         planes: J or K, channels per feature map.
+        block: options of the blocks that are on, of ``pcnn_lightning.backbones.BLOCK_OPTIONS``.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
@@ -130,6 +134,8 @@ class OneBitClassifier(LightningModule):
         convert: dict[str, Any] | None = None,
         widths: list[int] | None = None,
         dropout: float = 0.0,
+        activation_threshold: bool = False,
+        two_slopes: bool = False,
         full_precision: bool = False,
         eta1: float = 0.1,
         schedule: Schedule = "multistep",
@@ -211,6 +217,11 @@ class OneBitClassifier(LightningModule):
         """
         hparams = self.hparams
         self.planes = planes
+        if hparams["activation_threshold"] and activation is nn.Identity:
+            raise ValueError("activation_threshold must be false, since this model has real activations, but got True")
+        self.block = {name: True for name in BLOCK_OPTIONS if hparams[name]}
+        if hparams["full_precision"]:
+            self.block.pop("activation_threshold", None)  # there is no sign
         about_network = {**hparams, "pretrained": self._pretrained}
         check_external(about_network)
         self.net: Network
@@ -227,6 +238,7 @@ class OneBitClassifier(LightningModule):
                 widths=hparams["widths"],
                 planes=planes,
                 dropout=hparams["dropout"],
+                **self.block,
             )
         layers = list(self.one_bit_layers.values())
         for layer in layers:

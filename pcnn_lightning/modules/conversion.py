@@ -22,6 +22,8 @@ PACKAGE, LIBRARY, OWN = "this package", "torchvision and timm", "your own"
 MEANT_FOR: dict[str, tuple[Any, tuple[str, ...]]] = {
     "widths": (None, (PACKAGE,)),
     "dropout": (0, (PACKAGE,)),
+    "activation_threshold": (False, (PACKAGE,)),
+    "two_slopes": (False, (PACKAGE,)),
     "convert": ({}, (LIBRARY, OWN)),
     "pretrained": (False, (LIBRARY,)),
     "small_images": (False, (LIBRARY,)),

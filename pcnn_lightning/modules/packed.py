@@ -136,6 +136,7 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
         layer=options,
         class_names=names,
         conversion=_conversion(model, options) if is_external(model.hparams) else None,
+        block=model.block,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pcnn_lightning.checks import check_choice, check_integer
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.functional import ProjectionForward, SignGradient
+from pcnn_lightning.functional import Normalization, ProjectionForward, SignGradient
 from pcnn_lightning.layers import ProjectionConv2d, SignActivation
 from pcnn_lightning.layers.projection import ProjectionInit
 from pcnn_lightning.modules.second_rate import TwoRateClassifier
@@ -31,6 +31,7 @@ class PCNN(TwoRateClassifier):
             J = 1.
         projection_init: distribution of the initial W: ``normal``, ``signs``, ``near_one`` or ``ones``; None: normal
             with the full forward, near one with the mean.
+        normalization: ``center`` or ``standardize`` each filter before it is projected, or ``none``.
         reinit_projection: whether W is drawn again where a binary stage starts from ternary or real kernels.
         activation_gradient: ``clip`` or ``polynomial``: pseudo-gradient of the sign of activations.
 
@@ -50,6 +51,7 @@ class PCNN(TwoRateClassifier):
         eta: float = 0.0,
         projection_forward: ProjectionForward | None = None,
         projection_init: ProjectionInit | None = None,
+        normalization: Normalization = "none",
         reinit_projection: bool = False,
         activation_gradient: SignGradient = "clip",
         **others: Any,
@@ -58,7 +60,7 @@ class PCNN(TwoRateClassifier):
         check_integer("projections", projections, 1)
         check_choice("stage", stage, ("real", "ternary", "binary"))
 
-        names = ("sigma", "projection_loss_weight", "eta", "projection_forward", "projection_init")
+        names = ("sigma", "projection_loss_weight", "eta", "projection_forward", "projection_init", "normalization")
         options = {name: self.hparams[name] for name in names}
 
         def convolution(*shape: Any, planes: int = projections, **own: Any) -> ProjectionConv2d:

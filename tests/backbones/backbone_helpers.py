@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pcnn_lightning.backbones import BACKBONES, OneBitBlock, build_backbone
-from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, QuantizedConv2d, SignActivation
+from pcnn_lightning.layers import ModulatedConv2d, ProjectionConv2d, QuantizedConv2d, SignActivation, TwoSlopePReLU
 
 SMALL = {name: [4, 6, 8] if name == "vgg_small" else [4, 4, 6, 8] for name in BACKBONES}
 SMALL |= {name: [4, 4, 6, 8, 8] for name in BACKBONES if name.startswith("resnet")}
@@ -78,15 +78,18 @@ def inputs_of_one_bit_layers(network, images):
 
 
 def randomise(module):
-    """Give batch norms and PReLUs random parameters, so that no factor is one and no shift is zero."""
+    """Give batch norms, PReLUs and thresholds random parameters, so that no factor is one and no shift is zero."""
     generator = torch.Generator().manual_seed(0)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             for values, shift in ((part.weight, 1), (part.bias, 0), (part.running_mean, 0)):
                 values.data.copy_(shift + 0.5 * torch.randn(values.shape, generator=generator))
             part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=generator))
-        elif isinstance(part, nn.PReLU):
-            part.weight.data.copy_(torch.randn(part.weight.shape, generator=generator))
+        elif isinstance(part, (nn.PReLU, TwoSlopePReLU)):
+            for slopes in part.parameters():
+                slopes.data.copy_(torch.randn(slopes.shape, generator=generator))
+        elif isinstance(part, SignActivation) and part.threshold is not None:
+            part.threshold.data.copy_(torch.randn(part.threshold.shape, generator=generator))
 
 
 def trained(name, **arguments):

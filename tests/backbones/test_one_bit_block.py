@@ -48,3 +48,33 @@ def test_a_block_that_changes_channels_at_stride_one_does_not_pool():
     expected = prelu(convolution_branch(x, block, 1) + projected_shortcut(x, block, 2), block)
     torch.testing.assert_close(block(x), expected, **EXACT)
     assert modules_of(block, (nn.AvgPool2d, nn.MaxPool2d)) == []
+
+
+@torch.no_grad()
+def test_a_block_with_thresholds_and_two_slopes():
+    block = blocks_of("wrn7", activation_threshold=True, two_slopes=True)[0]
+    x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
+    threshold, positive, negative = (
+        values.reshape(-1, 1, 1) for values in (block.activation.threshold, block.prelu.positive, block.prelu.negative)
+    )
+    quantized = reference.quantize(block.conv.weight, block.conv.projection)
+    y = F.conv2d(reference.sign(normalise(x, block.norm) - threshold), quantized, padding=1) + x
+    torch.testing.assert_close(block(x), torch.where(y > 0, positive * y, negative * y), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "vgg_small"])
+def test_every_block_takes_the_options(name):
+    for block in blocks_of(name, activation_threshold=True, two_slopes=True):
+        assert block.activation.threshold.shape == (block.conv.in_channels,)
+        assert block.activation.name.startswith("stage")
+        assert block.prelu.positive.shape == (block.conv.out_channels,)
+    assert all(type(block.prelu) is nn.PReLU and block.activation.threshold is None for block in blocks_of(name))
+
+
+def test_wrong_options_of_blocks_raise():
+    with pytest.raises(ValueError, match="two_slopes must be true or false, but got 1"):
+        blocks_of("wrn7", two_slopes=1)
+    with pytest.raises(ValueError, match="block must be one of activation_threshold, two_slopes, but got 'slopes'"):
+        blocks_of("wrn7", slopes=True)
+    with pytest.raises(ValueError, match="two_slopes must be false for backbone mcn8, which has no blocks with option"):
+        blocks_of("mcn8", two_slopes=True)

@@ -20,6 +20,7 @@ def describe(model, image_size=IMAGE_SHAPE[1:], **changes):
     channels = hparams["in_channels"]
     fields = {name: hparams[name] for name in ("backbone", "num_classes", "in_channels", "widths")}
     fields |= {"planes": hparams["planes" if "planes" in hparams else "projections"], "stage": model.stage}
+    fields |= {"block": model.block}
     if model.stage == "full_precision":
         fields |= {"sign_activations": False}
     elif "projections" in hparams:

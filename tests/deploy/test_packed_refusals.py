@@ -33,6 +33,7 @@ from pcnn_lightning.errors import InputError
         {"stage": "ternary"},
         {"stage": "full_precision"},
         {"family": "MCN"},
+        {"block": {"two_slopes": True}},
     ],
     ids=str,
 )
@@ -45,6 +46,8 @@ def test_a_description_of_another_network_is_refused(changes):
 def test_an_impossible_description_is_refused():
     with pytest.raises(InputError, match="no such network: widths must be 4 positive whole numbers"):
         packed_file("PCNN J=4", widths=[4, 4])
+    with pytest.raises(InputError, match="no such network: two_slopes must be false for backbone mcn8"):
+        packed_file("PCNN mcn8", block={"two_slopes": True})
 
 
 @pytest.mark.parametrize("part", ["features.stem.norm.running_var", "classifier.bias", "features.stage1.0.conv.weight"])
@@ -89,6 +92,9 @@ WRONG = [
     ("widths", [[4]] * 4, "None, or integers from 1"),
     ("widths", "4468", "None, or integers from 1"),
     ("sign_activations", 1, "False, True"),
+    ("block", None, "an object of booleans by activation_threshold, two_slopes"),
+    ("block", {"two_slopes": 1}, "an object of booleans"),
+    ("block", {"widths": True}, "an object of booleans"),
     ("layer", None, "an object"),
     ("layer", {"scaling": ["layer"]}, "an object"),
     ("layer", {"scaling": 1.0}, "an object"),
@@ -168,7 +174,10 @@ def test_rewrite_without_changes_keeps_the_file():
         (without("crc32"), "no metadata"),
         (without("description"), "no metadata"),
         (lambda header: [header], "no metadata"),
-        (lambda header: {**header, "description": []}, "its description must be an object of backbone, class_names"),
+        (
+            lambda header: {**header, "description": []},
+            "its description must be an object of backbone, block, class_names",
+        ),
         (lambda header: {**header, "description": None}, "its description must be an object"),
         (described(hidden=1), "its description must be an object"),
         (described(backbone="wrn22"), "its network takes codes of U8"),

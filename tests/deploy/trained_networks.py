@@ -7,6 +7,7 @@ from tiny import fit, tiny_digits, tiny_mcn, tiny_pcnn
 from torch import nn
 
 from pcnn_lightning.backbones import BACKBONES
+from pcnn_lightning.layers import SignActivation, TwoSlopePReLU
 
 IMAGE_SHAPE = (3, 33, 30)
 WIDTHS = {name: [4, 6, 8] if name == "vgg_small" else [4, 4, 6, 8] for name in BACKBONES}
@@ -20,6 +21,15 @@ MODELS |= {
     "PCNN ternary": (tiny_pcnn, {"stage": "ternary"}),
     "PCNN ternary J=1": (tiny_pcnn, {"stage": "ternary", "projections": 1}),
     "PCNN polynomial": (tiny_pcnn, {"activation_gradient": "polynomial"}),
+    "PCNN block options": (
+        tiny_pcnn,
+        {"activation_threshold": True, "two_slopes": True, "normalization": "standardize", "projections": 4},
+    ),
+    "PCNN block options vgg_small": (
+        tiny_pcnn,
+        {"activation_threshold": True, "two_slopes": True, "backbone": "vgg_small", "stage": "ternary"},
+    ),
+    "PCNN full precision, two slopes": (tiny_pcnn, {"full_precision": True, "two_slopes": True}),
     "PCNN full precision": (tiny_pcnn, {"full_precision": True}),
     "PCNN full precision mcn8": (tiny_pcnn, {"full_precision": True, "backbone": "mcn8"}),
     "MCN K=1": (tiny_mcn, {"planes": 1}),
@@ -36,7 +46,7 @@ MODELS |= {
 
 
 def trained_model(name, seed=0):
-    """A model with random batch norms and PReLUs; a third of the batch norms' factors are negative."""
+    """A model with random batch norms, thresholds and PReLUs; a third of the batch norms' factors are negative."""
     make, arguments = MODELS[name]
     torch.manual_seed(seed)
     arguments = {"in_channels": 3, **arguments}
@@ -50,6 +60,12 @@ def trained_model(name, seed=0):
             module.running_var.uniform_(0.2, 2)
         elif isinstance(module, nn.PReLU):
             module.weight.data.normal_()
+        elif isinstance(module, TwoSlopePReLU):
+            module.positive.data.normal_()
+            module.negative.data.normal_()
+        elif isinstance(module, SignActivation) and module.threshold is not None:
+            module.threshold.data.normal_()
+            module.is_set.fill_(True)
     return model
 
 

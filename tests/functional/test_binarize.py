@@ -17,17 +17,6 @@ SCALINGS, GRADIENTS, NORMALIZATIONS = (
 )
 
 
-def normalized(weight, normalization):
-    """V, as a function that autograd can differentiate."""
-    filters = []
-    for kernel in weight:
-        mean = kernel.sum() / kernel.numel() if normalization != "none" else 0.0
-        centered = kernel - mean
-        deviation = (centered.square().sum() / kernel.numel()).sqrt() if normalization == "standardize" else 1.0
-        filters.append(centered / deviation)
-    return torch.stack(filters)
-
-
 def scales(v, scaling):
     magnitudes = [kernel.abs().mean().item() for kernel in v.detach()]
     if scaling == "layer":
@@ -49,7 +38,7 @@ def test_kernels_and_gradients_are_the_equations(seed, shape, scaling, gradient,
     kernels = binarize(weight, scaling=scaling, gradient=gradient, normalization=normalization)
     kernels.backward(delta)
 
-    v = normalized(weight, normalization)
+    v = reference.normalize(weight, normalization)
     factors = scales(v, scaling)
     expected = torch.stack([scale * reference.sign(kernel) for scale, kernel in zip(factors, v.detach(), strict=True)])
     torch.testing.assert_close(kernels.detach(), expected, rtol=1e-12, atol=1e-12)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pcnn_lightning.layers import BinaryConv2d, ModulatedConv2d, ProjectionConv2d
+from pcnn_lightning.layers import BinaryConv2d, ModulatedConv2d, ProjectionConv2d, TwoSlopePReLU
 from pcnn_lightning.losses import CenterLoss, CrossEntropy
 
 SHAPE = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
@@ -15,10 +15,11 @@ NUMBERS = {
     BinaryConv2d: COMMON,
     ProjectionConv2d: COMMON | {"projections", "sigma", "projection_loss_weight", "eta"},
     ModulatedConv2d: COMMON | {"planes", "levels", "filter_loss_weight", "scale"},
+    TwoSlopePReLU: {"channels"},
     CenterLoss: {"num_classes", "feature_dim", "weight", "alpha", "start"},
     CrossEntropy: {"label_smoothing"},
 }
-GIVEN = {CenterLoss: {"num_classes": 3, "feature_dim": 2, "weight": 0.1}, CrossEntropy: {}}
+GIVEN = {CenterLoss: {"num_classes": 3, "feature_dim": 2, "weight": 0.1}, CrossEntropy: {}, TwoSlopePReLU: {}}
 NO_NUMBERS = [math.nan, math.inf, -math.inf, True, False, "0.5"]
 
 

@@ -48,6 +48,37 @@ def test_micro_batches_add_up_to_the_whole_batch_step_after_step(projections, st
         update(layer)
 
 
+@pytest.mark.parametrize("normalization", ["center", "standardize"])
+@pytest.mark.parametrize(("projections", "stage"), [(1, "binary"), (4, "binary"), (4, "ternary")])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_normalized_filters_have_the_gradients_of_the_equations_behind_the_normalization(
+    normalization, projections, stage, micro_batches
+):
+    layer = make_layer(projections=projections, stage=stage, eta=ETA, normalization=normalization)
+    layer.weight.data += 0.5  # so that there is a mean to subtract
+    if micro_batches > 1:
+        layer.begin_training(split_updates=True)
+    for step in range(2):
+        x, target = draw_batch(seed=step)
+        weight = layer.weight.detach().clone().requires_grad_()
+        filters = reference.normalize(weight, normalization)
+        options = {"levels": layer.levels, "projection_forward": layer.projection_forward}
+        quantized = reference.quantize(filters, layer.projection, **options)
+        torch.testing.assert_close(layer.quantized_weight(), quantized, **EXACT)
+        loss = reference.projection_loss(filters, layer.projection, quantized, LAMBDA)
+        assert layer.quantization_loss().item() == pytest.approx(loss, rel=1e-9)
+        delta = reference.task_gradient(lambda y, wanted=target: task_loss(y, wanted), x, quantized, **CONVOLUTION)
+        by_filters, by_projection = reference.gradients(
+            filters, layer.projection, quantized, delta, loss_weight=LAMBDA, eta=ETA
+        )
+        (by_weight,) = torch.autograd.grad(filters, weight, by_filters)
+        for part, wanted in zip(x.chunk(micro_batches), target.chunk(micro_batches), strict=True):
+            ((task_loss(layer(part), wanted) + layer.quantization_loss()) / micro_batches).backward()
+        layer.before_step()
+        assert_gradients(layer, (by_weight, by_projection))
+        update(layer)
+
+
 def test_loss_scale_may_differ_from_step_to_step():
     layer = make_layer(eta=ETA)
     layer.begin_training(split_updates=True)

@@ -14,6 +14,8 @@ def expected_kernels(layer):
     """W̃_j ∘ C, C ∘ |M_k| or C, one output channel after the other."""
     kernels = []
     for kernel in layer.weight:
+        if getattr(layer, "normalization", "none") == "standardize":
+            kernel = (kernel - kernel.mean()) / kernel.std(correction=0)
         for plane in range(layer.planes):
             if isinstance(layer, ProjectionConv2d):
                 matrix = layer.projection[plane]
@@ -29,6 +31,8 @@ LAYERS = {
     "PCNN, mean": lambda: ProjectionConv2d(4, 8, 3, padding=1, bias=True),
     "PCNN, eta": lambda: ProjectionConv2d(4, 8, 3, padding=1, projections=2, eta=0.5),
     "MCN": lambda: ModulatedConv2d(4, 8, 3, padding=1, planes=2, filter_loss_weight=0.0),
+    "PCNN, standardized": lambda: ProjectionConv2d(4, 8, 3, padding=1, projections=2, normalization="standardize"),
+    "BNN, standardized": lambda: BinaryConv2d(4, 8, 3, padding=1, normalization="standardize"),
     "BNN": lambda: BinaryConv2d(4, 8, 3, padding=1),
 }
 

@@ -28,7 +28,7 @@ NUMBERS = {
 }
 SWITCHES = (
     *("full_precision", "nesterov", "compile", "channels_last", "reinit_projection", "average", "binarize"),
-    "small_images",
+    *("small_images", "activation_threshold", "two_slopes"),
 )
 OTHERS = {
     **dict.fromkeys(SWITCHES, "bool"),

@@ -16,7 +16,13 @@ from pcnn_lightning.deploy.graph import Operation, operations
 from pcnn_lightning.deploy.packed import PackedNetwork
 from pcnn_lightning.deploy.thresholds import sign_thresholds
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.layers import FrozenBatchNorm2d, FrozenConv2d, FrozenModulatedConv2d, SignActivation
+from pcnn_lightning.layers import (
+    FrozenBatchNorm2d,
+    FrozenConv2d,
+    FrozenModulatedConv2d,
+    SignActivation,
+    TwoSlopePReLU,
+)
 
 DECODED = 8
 """Number of input channels whose weights ``convolve.c`` decodes at a time."""
@@ -25,6 +31,7 @@ Shape = tuple[int, int, int]
 """(C, H, W). In C, the channels of a pixel are adjacent."""
 
 _Convolution = nn.Conv2d | FrozenConv2d
+_PRELUS = (nn.PReLU, nn.ReLU, TwoSlopePReLU)
 _CONVOLUTIONS = (nn.Conv2d, FrozenConv2d, FrozenModulatedConv2d)
 
 
@@ -99,7 +106,8 @@ class _Finish:
         self.scale: Tensor | None = None
         self.shift: Tensor | None = None
         self.shortcut: Value | None = None
-        self.slopes: Tensor | None = None
+        self.positive: Tensor | None = None
+        self.negative: Tensor | None = None
 
     def multiply_add(self, scale: Tensor | None, shift: Tensor | None) -> None:
         if scale is not None:
@@ -110,7 +118,7 @@ class _Finish:
             self.shift = shift if self.shift is None else self.shift + shift
 
     def fields(self) -> dict[str, Field]:
-        return {name: array(getattr(self, name)) for name in ("scale", "shift", "slopes")}
+        return {name: array(getattr(self, name)) for name in ("scale", "shift", "positive", "negative")}
 
 
 class _Translation:
@@ -157,7 +165,7 @@ class _Translation:
             self.classify(one, cast(nn.Linear, one.module))
         elif kind in (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, WholeMaxPool):
             self.pool(one, self.value(one.inputs[0]))
-        elif kind in (FrozenBatchNorm2d, nn.PReLU, nn.ReLU) or one.module is None:
+        elif kind in (FrozenBatchNorm2d, *_PRELUS) or one.module is None:
             self.finish_image(one)
         else:
             raise _refusal(one, "there is no translation for modules of this kind")
@@ -317,7 +325,7 @@ class _Translation:
 
     def follow(self, finish: _Finish, may_pool: bool = False) -> None:
         """Take the operations behind a step into it, as long as nothing else uses what is between them."""
-        while len(self.users[finish.end]) == 1 and finish.slopes is None:
+        while len(self.users[finish.end]) == 1 and finish.negative is None:
             (one,) = self.users[finish.end]
             if type(one.module) is FrozenBatchNorm2d and any(self.is_sign(user.name) for user in self.users[one.name]):
                 return  # signs are taken of what is in front of it
@@ -340,11 +348,13 @@ class _Translation:
             if finish.shortcut is not None or other not in self.values:
                 return False
             finish.shortcut = self.values[other]
-        elif type(module) in (nn.PReLU, nn.ReLU):
+        elif type(module) is TwoSlopePReLU:
+            finish.positive, finish.negative = module.positive, module.negative
+        elif type(module) in _PRELUS:
             slopes = module.weight if type(module) is nn.PReLU else torch.zeros(1)
             if len(slopes) not in (1, finish.channels):
                 raise _refusal(one, f"it has {len(slopes)} slopes for {finish.channels} channels")
-            finish.slopes = slopes.expand(finish.channels)
+            finish.negative = slopes.expand(finish.channels)
         else:
             return False
         finish.end = one.name
