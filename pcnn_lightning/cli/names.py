@@ -94,6 +94,8 @@ def readable(message: str) -> str:
     if reason is None:
         return message if "class_path" in message else _expected(key[1], message) or message
     if inner := re.match(r'Parser key "(.+?)"', reason[2]):
+        if within := re.search(r"class_path '(.+?)':\s+(.+)", reason[2], re.DOTALL):  # an object in a list
+            return f"{key[1]}.{inner[1]}: {within[1].rpartition('.')[2]}: {' '.join(within[2].split())}"
         return _expected(f"{key[1]}.{inner[1]}", reason[2]) or message
     return f"{key[1]}: {reason[1]}: {' '.join(reason[2].split())}"
 

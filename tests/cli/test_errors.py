@@ -48,6 +48,9 @@ class TestParserErrors:
             (["--trainer.max_epochs=ten"], ["max_epochs", "int", "ten"]),
             (["--trainer.callbacks+=StageSwitch", "--trainer.callbacks.epok=1"], ["epok"]),
             (["--stage_switch.epok=1"], ["epok"]),
+            (["--stage_plan.stages=[{stage: binary, etaa: 1}]"], ["stage_plan.stages", "etaa"]),
+            (["--stage_plan.stages=[{stage: reel}]"], ["stage_plan.stages", "real, ternary, binary", "reel"]),
+            (["--stage_plan.stages=[{stage: binary, eta1: fast}]"], ["stage_plan.stages", "fast"]),
             (["--diversity=FlipRatio"], ["FlipRatio"]),
             (["--trainer.callbacks+=NoSuchCallback"], ["NoSuchCallback"]),
             (["--model=NoSuchModel"], ["NoSuchModel"]),
@@ -145,6 +148,21 @@ class TestInvalidValues:
     def test_switch_without_a_ternary_model(self, command):
         run = command(*FIT, *SWITCH, "--model.stage=binary", "--trainer.max_epochs=2")
         run.is_refused("StageSwitch", "ternary", "binary")
+
+    @pytest.mark.parametrize(
+        ("flags", "mentioned"),
+        [
+            (["--stage_plan.stages=[{stage: real}, {stage: binary}]"], ["stage real must have epochs"]),
+            (["--stage_plan.stages=[{stage: real, epochs: 1}, {stage: binary, epochs: 3}]"], ["epoch 4", "is 2"]),
+            (["--stage_plan.stages=[{stage: binary}]", "--stage_switch.epoch=1"], ["stage_switch", "two plans"]),
+            (
+                ["--stage_plan.stages=[{stage: binary}]", "--model.center_loss_start=soon"],
+                ["center_loss_start", "soon"],
+            ),
+        ],
+    )
+    def test_impossible_plans(self, command, flags, mentioned):
+        command(*FIT, "--trainer.max_epochs=2", *flags).is_refused(*mentioned)
 
     def test_switch_of_a_full_precision_model_does_nothing(self, command):
         run = command(*FIT, *SWITCH, "--model.full_precision=true", "--trainer.max_epochs=2")

@@ -1,5 +1,6 @@
 """What every run has by default, and how a configuration or a flag changes it."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def test_each_can_be_changed_by_file_and_flag(command):
     assert [switch.epoch for switch in of_kind(run, StageSwitch)] == [1]
     names = {path.name for path in Path("runs/default/version_0/checkpoints").iterdir()}
     assert names == {"ternary.ckpt", "binary.ckpt", "stages.json"}
+
+
+def test_a_plan_in_a_file_is_recorded_stage_by_stage(command):
+    """A checkpoint of each stage, which an evaluation finds by itself; and the settings that were used."""
+    stages = [{"stage": "real", "epochs": 1, "optimizer": "adam", "eta1": 0.01}, {"stage": "binary", "epochs": 1}]
+    Path("plan.yaml").write_text(yaml.safe_dump({"stage_plan": {"stages": [*stages, {"stage": "binary"}]}}))
+    run = command(*RUN, "--config=plan.yaml", "--trainer.max_epochs=3")
+    assert run.code == 0, run.err
+    folder = Path("runs/default/version_0")
+    assert list(json.loads((folder / "checkpoints/stages.json").read_text())) == ["real", "binary", "binary_2"]
+    with (folder / "losses.csv").open() as file:
+        assert [row["stage"] for row in csv.DictReader(file)] == ["real", "binary", "binary_2"]
+    kept = yaml.safe_load((folder / "config.yaml").read_text())["stage_plan"]["init_args"]["stages"]
+    of_first = kept[0].get("init_args", kept[0])
+    assert (of_first["optimizer"], of_first["eta1"]) == ("adam", 0.01)
+    assert {path.name for path in folder.iterdir()} >= {"real", "binary", "binary_2"}  # charts of TensorBoard
 
 
 def test_a_callback_of_the_trainer_replaces_the_default_of_its_class(command):
