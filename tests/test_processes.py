@@ -44,6 +44,13 @@ def synchronised_norm(layer, x):
     return normal * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
 
 
+MIXED: dict[str, dict[str, Any]] = {
+    "PCNN": {"random_erasing": 0.5, "mixup_alpha": 0.4, "cutmix_alpha": 1.0},
+    "MCN": {"mixup_alpha": 0.4, "weighted_sampling": True},
+    "converted": {},
+}
+
+
 def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     torch.manual_seed(0)
     shared = {"center_loss_weight": 0.01, "accumulate": accumulate, "schedule": "cosine"}
@@ -66,7 +73,8 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
             # Micro-batches have statistics of their own, on whatever number of processes.
             layer.forward = partial(synchronised_norm if accumulate == 1 else frozen_norm, layer)  # type: ignore[method-assign]
     # 145 validation images do not divide evenly.
-    data: Any = tiny_digits(batch_size=16 // processes // accumulate, crop_padding=1, val_fraction=0.1009)
+    batch_size = 16 // processes // accumulate
+    data: Any = tiny_digits(batch_size=batch_size, crop_padding=1, val_fraction=0.1009, **MIXED[family])
     normalised = data.on_after_batch_transfer
     data.on_after_batch_transfer = lambda batch, index: [
         part.double() if part.is_floating_point() else part for part in normalised(batch, index)

@@ -54,9 +54,9 @@ def mix(images: Tensor, labels: Tensor, shares: Tensor, boxes: Tensor, num_class
         \tilde y_i = \bar m_i y_i + (1 - \bar m_i) y_{p(i)}
 
     The mask m_i is λ_i outside of a box and 0 inside, and its mean over the pixels is the share of the image's own
-    label. Mixup (Zhang et al., ICLR 2018) has an empty box, cutmix (Yun et al., ICCV 2019) a λ of 1. The partner is half
-    a batch away: if a batch is dealt out to processes one sample at a time, an even number to each, the partners are
-    the same as in one process.
+    label. Mixup (Zhang et al., ICLR 2018) has an empty box, cutmix (Yun et al., ICCV 2019) a λ of 1. The partner is
+    half a batch away: if a batch is dealt out to processes one sample at a time, an even number to each, the partners
+    are the same as in one process.
 
     Args:
         images: (B, C, H, W) floating point.
@@ -68,7 +68,7 @@ def mix(images: Tensor, labels: Tensor, shares: Tensor, boxes: Tensor, num_class
     Returns:
         The mixed images, (B, C, H, W), and the probabilities of their labels, (B, K).
     """
-    half = len(images) // 2
+    half, shares = len(images) // 2, shares.to(images.dtype)
     height, width = images.shape[-2:]
     mask = torch.where(_inside(boxes, images), 0.0, shares.view(-1, 1, 1, 1))
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -33,10 +33,9 @@ def epoch_of(loader: EpochLoader, epoch: int) -> list[RawBatch]:
 
 
 def loader_of(size: int, batch_size: int, num_workers: int = 0, seed: int = 0, **sampling: Any) -> EpochLoader:
-    everything = {"crop_padding": 4, "flip": True, "random_erasing": 0.5, "mixup_alpha": 1.0, "cutmix_alpha": 1.0}
-    images = numbered(size, Augmentation(seed, **everything))
+    images = numbered(size, Augmentation(seed, 4, True, random_erasing=0.5, mixup_alpha=1.0, cutmix_alpha=1.0))
     if sampling.pop("weighted", False):
-        sampling["labels"] = images.labels % 3
+        sampling["labels"] = torch.arange(size) % 3
     sampler = EpochSampler(images, seed, **sampling)
     options: dict[str, Any] = {
         "collate_fn": as_it_is,

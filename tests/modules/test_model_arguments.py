@@ -16,7 +16,7 @@ MODELS = {
 }
 MAY_BE_NONE = {
     *("widths", "gradient_clip", "init_from", "scale", "projection_forward", "projection_init"),
-    *("image_size", "network", "convert"),
+    *("image_size", "network", "convert", "class_weights"),
     *(f"projection_{name}" for name in ("schedule", "milestones", "decay", "warmup_epochs")),
 }
 NUMBERS = {
