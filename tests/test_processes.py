@@ -14,7 +14,7 @@ from tiny import Save, frozen_norm, tiny_digits, tiny_mcn, tiny_pcnn, tiny_train
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
+from pcnn_lightning import ConfusionMatrix, LossCurves, StageCheckpoint, StageSwitch
 
 
 class KeepWeights(Callback):
@@ -79,9 +79,12 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     data.on_after_batch_transfer = lambda batch, index: [
         part.double() if part.is_floating_point() else part for part in normalised(batch, index)
     ]
-    callbacks = [StageSwitch(2), LossCurves(), StageCheckpoint(folder), KeepWeights(folder)]
+    callbacks = [StageSwitch(2), LossCurves(), ConfusionMatrix(), StageCheckpoint(folder), KeepWeights(folder)]
     several: dict[str, Any] = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
-    tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several).fit(model, datamodule=data)
+    trainer: Any = tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several)
+    trainer.run_folder = Path(folder)
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data)
 
 
 @pytest.mark.slow
@@ -98,6 +101,8 @@ def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
     (whole,), (first, second) = results[1], results[2]
     records = [json.loads((tmp_path / processes / "stages.json").read_text()) for processes in "12"]
     assert records[0] == records[1]  # the validation metrics of both
+    (alone,), (both,) = (list((tmp_path / processes).glob("confusion_*.csv")) for processes in "12")
+    assert alone.read_text() == both.read_text()
     for name, value in whole.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(
