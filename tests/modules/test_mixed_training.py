@@ -107,9 +107,7 @@ def test_refusals():
             tiny_pcnn(class_weights=wrong)
         assert repr(wrong) in str(error.value)
     few = tiny_digits(train_size=5, batch_size=5)
-    with pytest.raises(
-        InputError, match=r"^class_weights must be a list, not balanced: class \d has no"
-    ):
+    with pytest.raises(InputError, match=r"^class_weights must be a list, not balanced: class \d has no"):
         fit(tiny_pcnn(class_weights="balanced"), few)
     with pytest.raises(InputError, match=r"not balanced: NoneType has no class_counts"):
         tiny_trainer().fit(tiny_pcnn(class_weights="balanced"), tiny_digits().train_dataloader())
