@@ -25,6 +25,12 @@ def check_number(name: str, value: Any, minimum: float, below: float = math.inf)
         raise ValueError(f"{name} must be {allowed}, but got {value!r}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Require a number from 0 to 1, both included."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], but got {value!r}")
+
+
 def check_positive(name: str, value: Any) -> None:
     """Require a finite number above zero."""
     if not is_number(value) or not 0 < value < math.inf:

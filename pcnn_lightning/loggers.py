@@ -97,7 +97,7 @@ class StageLogger(TensorBoardLogger):
         return self._sub_run("train"), "convergence/6_stage" if name == "stage" else name
 
     def _rank(self, name: str) -> int:
-        known = {"cross_entropy": 1, "accuracy": 4, "loss": 7}
+        known = {"cross_entropy": 1, "accuracy": 4, "accuracy_top5": 4, "loss": 7}
         term = self._terms.get(name)
         return known.get(name, 3 if term is None or term.depends_on_data else 2)
 

@@ -14,7 +14,7 @@ from tiny import Save, frozen_norm, tiny_digits, tiny_mcn, tiny_pcnn, tiny_train
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from pcnn_lightning import LossCurves, StageCheckpoint, StageSwitch
+from pcnn_lightning import ConfusionMatrix, LossCurves, StageCheckpoint, StageSwitch
 
 
 class KeepWeights(Callback):
@@ -44,6 +44,13 @@ def synchronised_norm(layer, x):
     return normal * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
 
 
+MIXED: dict[str, dict[str, Any]] = {
+    "PCNN": {"random_erasing": 0.5, "mixup_alpha": 0.4, "cutmix_alpha": 1.0},
+    "MCN": {"mixup_alpha": 0.4, "weighted_sampling": True},
+    "converted": {},
+}
+
+
 def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     torch.manual_seed(0)
     shared = {"center_loss_weight": 0.01, "accumulate": accumulate, "schedule": "cosine"}
@@ -66,14 +73,18 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
             # Micro-batches have statistics of their own, on whatever number of processes.
             layer.forward = partial(synchronised_norm if accumulate == 1 else frozen_norm, layer)  # type: ignore[method-assign]
     # 145 validation images do not divide evenly.
-    data: Any = tiny_digits(batch_size=16 // processes // accumulate, crop_padding=1, val_fraction=0.1009)
+    batch_size = 16 // processes // accumulate
+    data: Any = tiny_digits(batch_size=batch_size, crop_padding=1, val_fraction=0.1009, **MIXED[family])
     normalised = data.on_after_batch_transfer
     data.on_after_batch_transfer = lambda batch, index: [
         part.double() if part.is_floating_point() else part for part in normalised(batch, index)
     ]
-    callbacks = [StageSwitch(2), LossCurves(), StageCheckpoint(folder), KeepWeights(folder)]
+    callbacks = [StageSwitch(2), LossCurves(), ConfusionMatrix(), StageCheckpoint(folder), KeepWeights(folder)]
     several: dict[str, Any] = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
-    tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several).fit(model, datamodule=data)
+    trainer: Any = tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several)
+    trainer.run_folder = Path(folder)
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data)
 
 
 @pytest.mark.slow
@@ -90,6 +101,8 @@ def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
     (whole,), (first, second) = results[1], results[2]
     records = [json.loads((tmp_path / processes / "stages.json").read_text()) for processes in "12"]
     assert records[0] == records[1]  # the validation metrics of both
+    (alone,), (both,) = (list((tmp_path / processes).glob("confusion_*.csv")) for processes in "12")
+    assert alone.read_text() == both.read_text()
     for name, value in whole.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(

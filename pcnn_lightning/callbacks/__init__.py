@@ -1,5 +1,6 @@
 """Callbacks: plans of stages, checkpoints, and recorders that log and plot a run."""
 
+from pcnn_lightning.callbacks.confusion_matrix import ConfusionMatrix as ConfusionMatrix
 from pcnn_lightning.callbacks.diversity import Diversity as Diversity
 from pcnn_lightning.callbacks.epoch_lines import EpochLines as EpochLines
 from pcnn_lightning.callbacks.filter_curves import FilterCurves as FilterCurves

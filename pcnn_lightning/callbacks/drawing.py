@@ -68,6 +68,16 @@ class DrawingCallback(Callback):
             self.folder = folder
             self.loggers = list(trainer.loggers)
 
+    def begin_test(self, trainer: Trainer) -> None:
+        """Write and show what follows in the folder of the run that is tested, if it has one.
+
+        Called by all processes, like :meth:`on_fit_start`.
+        """
+        folder = folder_of_run(trainer)
+        has_folder = trainer.loggers or getattr(trainer, "run_folder", None) is not None
+        self.folder = folder if has_folder and trainer.is_global_zero else None
+        self.loggers = list(trainer.loggers) if trainer.is_global_zero else []
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer)
         self._is_drawn = True
@@ -124,7 +134,8 @@ class DrawingCallback(Callback):
         writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.folder / f"{name}.csv", text.getvalue().encode())
+        # Names of classes and files may have bytes that are not UTF-8.
+        write_whole(self.folder / f"{name}.csv", text.getvalue().encode(errors="backslashreplace"))
 
 
 def choose_layers(module: nn.Module, name: str | None) -> dict[str, QuantizedConv2d]:

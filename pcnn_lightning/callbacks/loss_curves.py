@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pcnn_lightning.callbacks.drawing import BLUE, ORANGE, DrawingCallback, mark_stages
-from pcnn_lightning.checkpoints import folder_of_run
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.devices import device_name
 from pcnn_lightning.files import TESTED, TIMES, read_rows
@@ -69,13 +68,12 @@ class LossCurves(DrawingCallback):
             self.validation = _logged(trainer, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = folder_of_run(trainer)  # asked for by all processes
-        has_folder = trainer.loggers or getattr(trainer, "run_folder", None) is not None
-        if has_folder and trainer.is_global_zero:
-            self.folder = folder
+        self.begin_test(trainer)
+        if self.folder is not None:
             stage = str(pl_module.stage_name)
             tested = {"checkpoint": str(trainer.ckpt_path), "stage": stage, **_logged(trainer, "test")}
-            others = [row for row in read_rows(folder / TESTED) if row.get("checkpoint") != tested["checkpoint"]]
+            rows = read_rows(self.folder / TESTED)
+            others = [row for row in rows if row.get("checkpoint") != tested["checkpoint"]]
             self.write("test", [*others, tested])
 
     def _write_times(self, trainer: Trainer) -> None:

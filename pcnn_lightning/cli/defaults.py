@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from pcnn_lightning.callbacks import (
+    ConfusionMatrix,
     Diversity,
     EpochLines,
     FilterCurves,
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, type[Callback]] = {
     "filter_curves": FilterCurves,
     "diversity": Diversity,
     "gradient_norms": GradientNorms,
+    "confusion_matrix": ConfusionMatrix,
     "checkpoint": StageCheckpoint,
 }
 """Callbacks that every run has, by the argument that changes them; ``null`` turns one off."""

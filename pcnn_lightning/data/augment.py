@@ -32,6 +32,59 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) 
     return padded.flatten(2).gather(2, window[:, None].expand(-1, channels, -1)).view(images.shape)
 
 
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Set a box of each image to zero, the mean of normalized images (Zhong et al., AAAI 2020).
+
+    Args:
+        images: (B, C, H, W) floating point.
+        boxes: (B, 4) int64, the first row and column of each box and those after its last; an empty box erases nothing.
+
+    Returns:
+        (B, C, H, W) of the same dtype.
+    """
+    return images.masked_fill(_inside(boxes, images), 0.0)
+
+
+def mix(images: Tensor, labels: Tensor, shares: Tensor, boxes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    r"""Mix each image with a partner from its batch.
+
+    .. math::
+        \tilde x_i = m_i \odot x_i + (1 - m_i) \odot x_{p(i)},
+        \qquad
+        \tilde y_i = \bar m_i y_i + (1 - \bar m_i) y_{p(i)}
+
+    The mask m_i is λ_i outside of a box and 0 inside, and its mean over the pixels is the share of the image's own
+    label. Mixup (Zhang et al., ICLR 2018) has an empty box, cutmix (Yun et al., ICCV 2019) a λ of 1. The partner is
+    half a batch away: if a batch is dealt out to processes one sample at a time, an even number to each, the partners
+    are the same as in one process.
+
+    Args:
+        images: (B, C, H, W) floating point.
+        labels: (B,) int64.
+        shares: (B,) float32, λ.
+        boxes: (B, 4) int64, the first row and column of each box and those after its last.
+        num_classes: number of classes, K.
+
+    Returns:
+        The mixed images, (B, C, H, W), and the probabilities of their labels, (B, K).
+    """
+    half, shares = len(images) // 2, shares.to(images.dtype)
+    height, width = images.shape[-2:]
+    mask = torch.where(_inside(boxes, images), 0.0, shares.view(-1, 1, 1, 1))
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    mean = (shares * (1 - areas.to(shares.dtype) / (height * width)))[:, None]
+    hot = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(images.dtype)
+    return torch.lerp(images.roll(half, 0), images, mask), torch.lerp(hot.roll(half, 0), hot, mean)
+
+
+def _inside(boxes: Tensor, images: Tensor) -> Tensor:
+    """Which pixels of each image are inside its box: (B, 1, H, W) bool."""
+    top, left, bottom, right = boxes[:, :, None].unbind(1)
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Convert raw pixels to float32 with a mean of about zero and a variance of about one.
 

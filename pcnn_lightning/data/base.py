@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pcnn_lightning.checks import check_bool, check_integer, check_number
-from pcnn_lightning.data.augment import crop_and_flip, normalize
+from pcnn_lightning.checks import check_bool, check_integer, check_number, check_share
+from pcnn_lightning.data.augment import crop_and_flip, erase, mix, normalize
 from pcnn_lightning.data.datasets import Augmentation, ImageSet, RawBatch
 from pcnn_lightning.data.sampling import (
     EpochLoader,
@@ -38,10 +38,10 @@ _NEEDED = {
 class ImageDataModule(LightningDataModule, ABC):
     """Base class of data modules with labelled images for training, validation, testing and prediction.
 
-    Modules receive ``(images, labels)``, (B, C, H, W) float32 and (B,) int64, or only ``images`` for prediction.
-    Batches are cropped, flipped and normalized on the device that uses them. Order and augmentation depend on (seed,
-    epoch, step) alone, not on the number of workers or processes, on the global random state, or on whether the run
-    was resumed from a checkpoint.
+    Modules receive ``(images, labels)``, (B, C, H, W) float32 and (B,) int64, or only ``images`` for prediction. With
+    mixup or cutmix, the labels of training are probabilities, (B, num_classes) float32. Batches are augmented and
+    normalized on the device that uses them. Order and augmentation depend on (seed, epoch, step) alone, not on the
+    number of workers or processes, on the global random state, or on whether the run was resumed from a checkpoint.
 
     To add a dataset, write a subclass that sets the class attributes below and implements :meth:`load`.
 
@@ -56,6 +56,12 @@ class ImageDataModule(LightningDataModule, ABC):
             original size; 0 disables cropping.
         flip: flip training images horizontally with probability 0.5.
         image_size: height and width to which images are resized, in pixels; None keeps the original size.
+        random_erasing: probability with which a random box of a training image is erased, with 2 to 33 % of the area.
+        mixup_alpha: mix each training image with another one of its batch, in shares λ and 1 - λ, with λ from
+            Beta(α, α); 0 turns it off.
+        cutmix_alpha: paste a box of another image of the batch into each training image, with a share of 1 - λ of the
+            area, likewise. With mixup as well, each image is mixed by one of them, drawn with probability 0.5.
+        weighted_sampling: draw the training images of an epoch with replacement, each class equally often on average.
 
     Raises:
         ValueError: if an argument is of the wrong type or out of range.
@@ -80,6 +86,10 @@ class ImageDataModule(LightningDataModule, ABC):
         crop_padding: int = 0,
         flip: bool = False,
         image_size: int | None = None,
+        random_erasing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        weighted_sampling: bool = False,
     ) -> None:
         super().__init__()
         check_integer("batch_size", batch_size, 1)
@@ -92,6 +102,10 @@ class ImageDataModule(LightningDataModule, ABC):
         check_bool("flip", flip)
         if image_size is not None:
             check_integer("image_size", image_size, 1)
+        check_share("random_erasing", random_erasing)
+        check_number("mixup_alpha", mixup_alpha, 0)
+        check_number("cutmix_alpha", cutmix_alpha, 0)
+        check_bool("weighted_sampling", weighted_sampling)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
@@ -100,6 +114,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.crop_padding = crop_padding
         self.flip = flip
         self.image_size = image_size
+        self.weighted_sampling = weighted_sampling
+        self._augmentation = Augmentation(seed, crop_padding, flip, random_erasing, mixup_alpha, cutmix_alpha)
         self._mean, self._std = (
             255 * torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std)
         )
@@ -153,6 +169,14 @@ class ImageDataModule(LightningDataModule, ABC):
     def test_set(self) -> ImageSet:
         """Test images, which are used for nothing else."""
         return self._load("test", "Use `validate` instead, or add test images.")
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of training images of each class, by label."""
+        labels = self.train_set.labels
+        assert labels is not None
+        counts: list[int] = labels.bincount(minlength=self.num_classes).tolist()
+        return counts
 
     @cached_property
     def predict_set(self) -> ImageSet:
@@ -208,7 +232,7 @@ class ImageDataModule(LightningDataModule, ABC):
                     f"but got {self.train_size}"
                 )
             order = order[: self.train_size]
-        train = whole.select(order).augmented(Augmentation(self.seed, self.crop_padding, self.flip))
+        train = whole.select(order).augmented(self._augmentation)
         return train, val
 
     def _load(self, split: Split, advice: str) -> ImageSet:
@@ -232,7 +256,8 @@ class ImageDataModule(LightningDataModule, ABC):
         world_size, rank = self._processes()
         # A small last batch makes BatchNorm noisy. Keep it if it is the only one.
         drop_last = len(train) // world_size >= self.batch_size
-        sampler = EpochSampler(train, self.seed, world_size, rank, drop_last)
+        weighted = train.labels if self.weighted_sampling else None
+        sampler = EpochSampler(train, self.seed, world_size, rank, drop_last, weighted)
         loader = EpochLoader(train, sampler=sampler, drop_last=drop_last, **self._loader_options())
         if train.labels is not None:
             loader.checksum = zlib.crc32(train.labels.numpy().tobytes())
@@ -279,7 +304,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """Augment and normalize a batch on the device.
 
         Returns:
-            Images (B, C, H, W) float32 and labels (B,) int64, or only the images if there are no labels.
+            Images (B, C, H, W) float32 and labels (B,) int64, or the probabilities of the labels (B, num_classes)
+            float32 if the images are mixed; only the images if there are no labels.
         """
         images = batch.images
         if batch.offsets is not None and batch.flips is not None:
@@ -287,7 +313,13 @@ class ImageDataModule(LightningDataModule, ABC):
         if self._mean.device != images.device:  # only once, not for every batch
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
         images = normalize(images, self._mean, self._std)
-        return images if batch.labels is None else (images, batch.labels)
+        if batch.erased is not None:
+            images = erase(images, batch.erased)
+        if batch.labels is None:
+            return images
+        if batch.shares is None or batch.pasted is None:
+            return images, batch.labels
+        return mix(images, batch.labels, batch.shares, batch.pasted, self.num_classes)
 
 
 def _leave_interrupts_to_the_first_process(_: int) -> None:

@@ -45,11 +45,18 @@ class DiskImages(ImageSet):
         with _default_dtype(torch.float32):  # torchvision draws in the default dtype
             transform = self._transform()
             images = [torch.tensor(self._image(code, transform)) for code in codes]
-        return RawBatch(torch.stack(images), self._labels_at(torch.tensor(codes) % len(self)))
+        labels = self._labels_at(torch.tensor(codes) % len(self))
+        return RawBatch(torch.stack(images), labels, None, None, *self._variations(codes))
 
     def select(self, indices: Tensor) -> "DiskImages":
         files = [self.files[index] for index in indices.tolist()]
         return replace(self, files=files, labels=self._labels_at(indices))
+
+    def _variations(self, codes: list[int]) -> Iterator[Tensor | None]:
+        if self.augmentation is not None:
+            keys = (divmod(code, len(self)) for code in codes)
+            drawn = [self.augmentation.draw(1, self.size[::-1], *key) for key in keys]
+            yield from (None if parts[0] is None else torch.cat(parts) for parts in zip(*drawn, strict=True))
 
     def _transform(self) -> Callable[[Image.Image], Image.Image]:
         side = self.size[0]

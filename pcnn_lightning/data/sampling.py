@@ -23,6 +23,8 @@ class Stream(IntEnum):
     ORDER = 0
     AUGMENTATION = 1
     SPLIT = 2
+    ERASING = 3
+    MIXING = 4
 
 
 def mixed_seed(*parts: int) -> int:
@@ -36,6 +38,11 @@ def mixed_seed(*parts: int) -> int:
 def generator(*parts: int) -> torch.Generator:
     """Create a CPU generator seeded by :func:`mixed_seed`."""
     return torch.Generator().manual_seed(mixed_seed(*parts))
+
+
+def numpy_generator(*parts: int) -> np.random.Generator:
+    """Create a generator of NumPy, which draws what torch cannot draw from a generator of one's own, such as Beta."""
+    return np.random.default_rng(mixed_seed(*parts))
 
 
 def stratified_order(labels: Tensor, rng: torch.Generator) -> Tensor:
@@ -60,15 +67,59 @@ def stratified_order(labels: Tensor, rng: torch.Generator) -> Tensor:
     return shuffled[place[shuffled].argsort(stable=True)]
 
 
+def balanced_order(labels: Tensor, rng: torch.Generator) -> Tensor:
+    """Draw as many samples as there are, with replacement, so that each draw is of each class equally likely.
+
+    Sample i has the probability 1 / (C · n) in each draw: C classes have samples, and n of these are of its class.
+
+    Args:
+        labels: (N,) int64.
+        rng: random number generator.
+
+    Returns:
+        (N,) int64, indices of samples.
+    """
+    counts = labels.bincount()
+    present = counts.nonzero().flatten()
+    classes = present[torch.randint(len(present), labels.shape, generator=rng)]
+    within = (torch.rand(len(labels), generator=rng, dtype=torch.float64) * counts[classes]).long()
+    return labels.argsort(stable=True)[(counts.cumsum(0) - counts)[classes] + within]
+
+
+EPOCHS = 2**15
+"""Epochs that codes tell apart beside the variations of an image."""
+
+
+def encode(epoch: int, indices: Tensor, variations: Tensor, size: int) -> Tensor:
+    """Encode samples and their augmentation as one integer each: *codes*, for a dataset in any worker process.
+
+    A code is ``epoch * size + index`` if a sample has the variation of its own index. It is that of another epoch if
+    not, so that ``divmod(code, size)`` always yields a key of the augmentation and the index.
+
+    Args:
+        epoch: the epoch.
+        indices: (n,) int64, indices of samples.
+        variations: (n,) int64, the place of each one's augmentation among the ``size`` of an epoch.
+        size: number of samples in the dataset, below 2^24.
+    """
+    return ((variations - indices) % size * EPOCHS + epoch) * size + indices
+
+
+def decode(codes: Tensor, size: int) -> tuple[int, Tensor, Tensor]:
+    """The epoch, indices and variations of :func:`encode`; all codes are of one epoch."""
+    keys, indices = codes // size, codes % size
+    return int(keys[0]) % EPOCHS, indices, (indices + keys // EPOCHS) % size
+
+
 class EpochSampler(DistributedSampler[int]):
-    """Sampler with a new permutation per (seed, epoch), distributed over the processes one sample at a time.
+    """Sampler with a new order per (seed, epoch), distributed over the processes one sample at a time.
 
     With R processes and a batch size of B, the t-th batches of all processes together are the t-th batch of a single
     process with a batch size of R * B. Because this is a ``DistributedSampler``, Lightning does not wrap it and calls
     its ``set_epoch``.
 
-    Yields *codes*, ``epoch * len(dataset) + index``, from which a dataset in any worker process recovers epoch and
-    index by ``divmod``, without shared state.
+    Yields codes, see :func:`encode`, from which a dataset in any worker process recovers epoch and index without shared
+    state.
 
     Args:
         dataset: dataset to sample from; only its length matters.
@@ -77,20 +128,38 @@ class EpochSampler(DistributedSampler[int]):
         rank: rank of this process, 0..R-1.
         drop_last: to give all processes the same number of samples, drop the last ``len(dataset) % R`` samples of an
             epoch instead of repeating the first ones.
+        labels: (N,) int64, to draw by :func:`balanced_order`; each draw of an image then has an augmentation of its
+            own. None yields a permutation.
+
+    Raises:
+        InputError: if there are too many samples to draw from.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], seed: int, num_replicas: int = 1, rank: int = 0, drop_last: bool = False
+        self,
+        dataset: Dataset[Any],
+        seed: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        drop_last: bool = False,
+        labels: Tensor | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
+        if labels is not None and len(labels) >= 2**24:  # codes would not fit into 64 bits
+            raise InputError(f"weighted_sampling takes fewer than 2^24 training images, but got {len(labels):,}")
+        self.labels = labels
         self.start = 0  # number of this process's samples to skip in the next pass
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
-        order = torch.randperm(size, generator=generator(self.seed, self.epoch, Stream.ORDER))
-        order = order.repeat(-(-self.total_size // size))[: self.total_size]
-        codes = self.epoch * size + order[self.rank :: self.num_replicas]
-        return iter(codes[self.start :].tolist())
+        rng = generator(self.seed, self.epoch, Stream.ORDER)
+        if self.labels is None:
+            order = variations = torch.randperm(size, generator=rng)
+        else:
+            order, variations = balanced_order(self.labels, rng), torch.arange(size)
+        codes = encode(self.epoch, order, variations, size)
+        codes = codes.repeat(-(-self.total_size // size))[: self.total_size]
+        return iter(codes[self.rank :: self.num_replicas][self.start :].tolist())
 
 
 class EpochLoader(DataLoader[Any]):
@@ -99,8 +168,8 @@ class EpochLoader(DataLoader[Any]):
     Lightning saves ``state_dict()`` in checkpoints and passes it to ``load_state_dict`` when it resumes a run.
 
     Raises:
-        InputError: when the first batch is requested of a run resumed within an epoch, if the images, the seed or the
-            batch size of all processes together have changed.
+        InputError: when the first batch is requested of a run resumed within an epoch, if the images, the seed, the
+            batch size of all processes together or the kind of sampling has changed.
     """
 
     loop: Any = None
@@ -125,6 +194,7 @@ class EpochLoader(DataLoader[Any]):
             "labels": self.checksum,
             "seed": sampler.seed,
             "global_batch": (self.batch_size or 1) * sampler.num_replicas,
+            "weighted": sampler.labels is not None,
         }
         start = saved["batches"] if saved.get("epoch") == sampler.epoch else 0
         if start > 0 or (self.loop and self.loop.ready > 0):
@@ -138,8 +208,9 @@ class EpochLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, int]:
         """Return the current epoch, the number of batches it has yielded, and what these batches depend on.
 
-        That is ``images``, the number of images; ``labels``, their checksum; ``seed``; and ``global_batch``, the batch
-        size of all processes together. They are missing before the first batch.
+        That is ``images``, the number of images; ``labels``, their checksum; ``seed``; ``global_batch``, the batch size
+        of all processes together; and ``weighted``, whether classes are drawn equally often. They are missing before
+        the first batch.
         """
         return dict(self._progress)
 
@@ -154,6 +225,7 @@ def _require_same(saved: dict[str, int], place: dict[str, int]) -> None:
         "images": "the number of training images",
         "seed": "seed",
         "global_batch": "batch_size × processes",
+        "weighted": "weighted_sampling",
     }
     changes = [
         f"{name} must be {saved[key]}, but got {place[key]}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pcnn_lightning.checks import check_integer, check_number, is_number
+from pcnn_lightning.checks import check_integer, check_number, check_share
 from pcnn_lightning.losses.term import LossTerm, Outputs
 
 
@@ -18,6 +18,9 @@ class CenterLoss(LossTerm):
     The sum runs over the batch, so γ depends on the batch size. Centers start at zero and are not learned by the
     optimizer: call :meth:`step` after each optimizer step. A class without a sample since the last step (n_j = 0)
     keeps its center. Evaluation mode leaves the centers alone.
+
+    Where labels are probabilities, as of mixed images, the loss of a sample is the mean of its losses for the labels,
+    :math:`\frac{\gamma}{2} \sum_j y_{ij} \lVert x_i - c_j \rVert^2`, and it moves each center by its share y_ij in it.
 
     Args:
         num_classes: number of classes.
@@ -54,8 +57,7 @@ class CenterLoss(LossTerm):
         for name, size in (("num_classes", num_classes), ("feature_dim", feature_dim)):
             check_integer(name, size, 1)
         check_number("weight", weight, 0)
-        if not is_number(alpha) or not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be a number in [0, 1], but got {alpha!r}")
+        check_share("alpha", alpha)
         self.weight, self.alpha = weight, alpha
         self.register_buffer("centers", torch.zeros(num_classes, feature_dim))
         # Since the last step: the sum of each class's features beside its number of samples. Not a buffer, because
@@ -67,11 +69,23 @@ class CenterLoss(LossTerm):
         return loss * batches
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Loss of ``features`` (B, feature_dim) with ``labels`` (B,): a scalar, at least float32."""
+        """Loss of ``features`` (B, feature_dim): a scalar, at least float32.
+
+        Args:
+            features: (B, feature_dim).
+            labels: (B,) int64, or their probabilities (B, num_classes).
+        """
         features = features.to(torch.promote_types(features.dtype, self.centers.dtype))
         if self.training:
             self._gather(features.detach(), labels)
-        return 0.5 * self.weight * (features - self.centers[labels]).square().sum()
+        if not labels.is_floating_point():
+            return 0.5 * self.weight * (features - self.centers[labels]).square().sum()
+        with torch.autocast(features.device.type, enabled=False):
+            labels = labels.to(self.centers.dtype)
+            means = labels @ self.centers
+            # Σ y ‖x - c‖² = ‖x - Σ y c‖² + Σ y ‖c‖² - ‖Σ y c‖²
+            spread = (labels @ self.centers.square()).sum() - means.square().sum()
+            return 0.5 * self.weight * ((features - means).square().sum() + spread)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -95,7 +109,12 @@ class CenterLoss(LossTerm):
             classes, dim = self.centers.shape
             self.gathered = self.centers.new_zeros(classes, dim + 1)
         ones = features.new_ones(len(features), 1)
-        self.gathered.index_add_(0, labels, torch.cat([features, ones], dim=1).to(self.gathered.dtype))
+        added = torch.cat([features, ones], dim=1).to(self.gathered.dtype)
+        if not labels.is_floating_point():
+            self.gathered.index_add_(0, labels, added)
+            return
+        with torch.autocast(features.device.type, enabled=False):
+            self.gathered += labels.to(added.dtype).T @ added
 
     def extra_repr(self) -> str:
         classes, dim = self.centers.shape

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcnn_lightning.checks import check_integer, check_number
+from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d
 
 
@@ -18,7 +19,7 @@ class Outputs(NamedTuple):
     Attributes:
         features: (B, feature_dim), the input of the classifier.
         logits: (B, num_classes).
-        labels: (B,).
+        labels: (B,) int64; or their probabilities (B, num_classes), in training with mixup or cutmix.
         layers: the 1-bit convolutions of the network.
         teacher_logits: (B, num_classes), those of the network's teacher; None without one, and in evaluation.
     """
@@ -85,27 +86,62 @@ class LossTerm(nn.Module):
 
 
 class CrossEntropy(LossTerm):
-    """Cross-entropy of the logits, L_S.
+    r"""Cross-entropy of the logits, L_S.
+
+    With weights w of the classes and probabilities y of the labels, smoothed to y', training has the weighted mean over
+    a batch
+
+    .. math::
+        L_S = -\frac{\sum_i \sum_c w_c\, y'_{ic} \log p_{ic}}{\sum_i \sum_c w_c\, y_{ic}}
+
+    which is :func:`torch.nn.functional.cross_entropy` for labels that are indices. Evaluation has the plain mean.
 
     Args:
         label_smoothing: in training only.
         weight: in training only.
+        class_weights: a number above zero for each class, in training only; None for equal weights.
+
+    Attributes:
+        class_weights: (num_classes,) or None, a buffer that checkpoints do not hold.
 
     Raises:
         ValueError: if ``label_smoothing`` is not in [0, 1), or ``weight`` is negative.
     """
 
     label = "cross-entropy"
+    class_weights: Tensor | None
 
-    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None, weight: float = 1.0
+    ) -> None:
         super().__init__()
         check_number("label_smoothing", label_smoothing, 0, below=1)
         check_number("weight", weight, 0)
         self.label_smoothing, self.weight = label_smoothing, weight
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def balance(self, counts: Sequence[int]) -> None:
+        """Change the weights of C classes to n / (C · n_c), for ``counts`` n_c of their images, n in all.
+
+        Raises:
+            InputError: if a class has no images.
+        """
+        if 0 in counts:
+            missing = counts.index(0)
+            raise InputError(f"class_weights must be a list, not balanced: class {missing} has no training images")
+        assert self.class_weights is not None
+        self.class_weights.copy_(torch.tensor([sum(counts) / (len(counts) * count) for count in counts]))
 
     def value(self, outputs: Outputs, batches: int = 1) -> Tensor:
-        smoothing, weight = (self.label_smoothing, self.weight) if self.training else (0.0, 1.0)
-        return weight * F.cross_entropy(outputs.logits, outputs.labels, label_smoothing=smoothing)
+        logits, labels, weights = outputs.logits, outputs.labels, self.class_weights
+        if not self.training:
+            return F.cross_entropy(logits, labels)
+        if weights is None:
+            return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        # torch's own mean is over samples, without their weights, if labels are probabilities.
+        total = F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing, reduction="sum")
+        return self.weight * total / (labels * weights if labels.is_floating_point() else weights[labels]).sum()
 
 
 class QuantizationLoss(LossTerm):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
+from torchmetrics import MetricCollection
 
 from pcnn_lightning.backbones import BLOCK_OPTIONS, Network, build_backbone
 from pcnn_lightning.checkpoints import check_same_tensors, load_checkpoint, use_atomic_io
@@ -23,7 +24,8 @@ from pcnn_lightning.losses import CenterLoss, CrossEntropy, Distillation, LossTe
 from pcnn_lightning.modules.accumulation import check_accumulation, synced_only_if, update_of
 from pcnn_lightning.modules.conversion import build_external, check_external, is_external
 from pcnn_lightning.modules.divergence import DivergenceWatch
-from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracy
+from pcnn_lightning.modules.labels import check_labels, class_counts, numbers_per_class
+from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracies
 from pcnn_lightning.modules.optimization import (
     KERNELS,
     OTHERS,
@@ -89,6 +91,9 @@ class OneBitClassifier(LightningModule):
         accumulate: batches per update; the batches left at the end of an epoch make a smaller update.
         gradient_clip: largest norm of an update's gradient, over all parameters; None does not clip.
         label_smoothing: label smoothing of the cross-entropy in training.
+        class_weights: weights of the classes in the cross-entropy of training, a number for each; or ``balanced``,
+            n / (classes · n_c) for n_c of n training images. The mean of a batch is weighted, and updates average over
+            the batches of all processes. None weighs all images alike.
         center_loss_weight: γ, weight of the center loss, a sum over the samples of an update; 0 turns it off.
         center_loss_alpha: α, the share of the way that a center moves in an update.
         center_loss_start: the first epoch with center loss, or the first stage, such as ``binary`` or, in a plan of
@@ -150,6 +155,7 @@ class OneBitClassifier(LightningModule):
         accumulate: int = 1,
         gradient_clip: float | None = None,
         label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
         center_loss_weight: float = 0.0,
         center_loss_alpha: float = 0.5,
         center_loss_start: int | str = 0,
@@ -184,11 +190,13 @@ class OneBitClassifier(LightningModule):
             raise ValueError("distill_loss_weight or task_loss_weight must be positive, but both are 0")
         self.groups = self.group_settings(self.hparams)
         self._terms, self.train_means = nn.ModuleDict(), EpochMeans(num_classes)
-        self.add_term("cross_entropy", CrossEntropy(label_smoothing, 1.0 if teacher is None else task_loss_weight))
+        class_numbers = numbers_per_class("class_weights", class_weights, num_classes)
+        task_weight = 1.0 if teacher is None else task_loss_weight
+        self.add_term("cross_entropy", CrossEntropy(label_smoothing, class_numbers, task_weight))
         if teacher is not None and distill_loss_weight > 0:
             self.add_term("distill_loss", distillation)
         self._teacher: Teacher | None = None  # loaded when training starts
-        self.val_accuracy, self.test_accuracy = accuracy(num_classes), accuracy(num_classes)
+        self.val_accuracies, self.test_accuracies = accuracies(num_classes), accuracies(num_classes)
         self.plan: tuple[Stage, ...] = ()
         self._current = Stage("full_precision")
         self.stage: Kind = "full_precision"
@@ -363,6 +371,8 @@ class OneBitClassifier(LightningModule):
         use_atomic_io(self.trainer)
         if stage == "fit":
             self.load_teacher()
+            if self.hparams["class_weights"] == "balanced":
+                cast(CrossEntropy, self.terms["cross_entropy"]).balance(class_counts(self.trainer))
 
     def teardown(self, stage: str) -> None:
         self._teacher = None
@@ -494,7 +504,7 @@ class OneBitClassifier(LightningModule):
 
         Args:
             images: (B, in_channels, H, W).
-            labels: (B,).
+            labels: (B,), or their probabilities (B, num_classes).
             batches: number of batches and processes that the loss of an update is averaged over.
         """
         # First, so that its activations do not come on top of those that wait for the backward pass.
@@ -540,10 +550,7 @@ class OneBitClassifier(LightningModule):
 
     def _begin_epoch(self, labels: Tensor) -> None:
         # In the first batch and not in on_train_epoch_start, which Lightning skips after some resumes.
-        low, high = labels.aminmax()
-        classes = self.hparams["num_classes"]
-        if low < 0 or high >= classes:
-            raise InputError(f"labels must lie in [0, {classes - 1}], but the batch has {int(low)} to {int(high)}")
+        check_labels(labels, self.hparams["num_classes"])
         self.train_means.reset()  # a checkpoint from the end of an epoch still holds its means
         for layer in self.one_bit_layers.values():
             layer.begin_epoch()
@@ -582,7 +589,7 @@ class OneBitClassifier(LightningModule):
         self._begin_evaluation()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        losses = self._evaluate("val", batch, self.val_accuracy)
+        losses, _ = self._evaluate("val", batch, self.val_accuracies)
         self.divergence.watch(losses["cross_entropy"], self.global_step)
 
     def on_validation_epoch_end(self) -> None:
@@ -591,8 +598,10 @@ class OneBitClassifier(LightningModule):
     def on_test_epoch_start(self) -> None:
         self._begin_evaluation()
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch, self.test_accuracy)
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Measure a batch and return ``labels`` (B,) and ``predictions`` (B,), for callbacks."""
+        _, outputs = self._evaluate("test", batch, self.test_accuracies)
+        return {"labels": outputs.labels, "predictions": outputs.logits.argmax(dim=1)}
 
     def predict_step(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Label (B,) and its probability (B,) for each of ``images`` (B, in_channels, H, W)."""
@@ -604,7 +613,9 @@ class OneBitClassifier(LightningModule):
         for term in self.terms.values():
             term.begin_evaluation(layers)
 
-    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor], metric: nn.Module) -> dict[str, Tensor]:
+    def _evaluate(
+        self, split: str, batch: tuple[Tensor, Tensor], metrics: MetricCollection
+    ) -> tuple[dict[str, Tensor], Outputs]:
         outputs = self._outputs(*batch)
         terms = {name: term for name, term in self.terms.items() if term.in_evaluation}
         others = {name: term for name, term in self.terms.items() if not term.training_only and self.has_begun(term)}
@@ -612,11 +623,12 @@ class OneBitClassifier(LightningModule):
         batches = self.hparams.get("accumulate", 1) * self.trainer.world_size
         losses = {name: term.value(outputs, batches) for name, term in {**terms, **shown}.items()}
         losses["loss"] = torch.stack([losses[name] for name in terms]).sum()
-        metric.update(outputs.logits, outputs.labels)  # type: ignore[operator]
+        metrics.update(outputs.logits, outputs.labels)
         size = len(outputs.labels)
         self.log_dict({f"{split}/{name}": loss for name, loss in losses.items()}, batch_size=size, sync_dist=True)
-        self.log(f"{split}/accuracy", metric, batch_size=size, prog_bar=True)  # type: ignore[arg-type]
-        return losses
+        for name, metric in metrics.items(keep_base=True):
+            self.log(f"{split}/{name}", metric, batch_size=size, prog_bar=name == "accuracy")
+        return losses, outputs
 
     # Checkpoints.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -36,6 +36,17 @@ def accuracy(num_classes: int) -> MulticlassAccuracy:
     return MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
 
+def accuracies(num_classes: int) -> MetricCollection:
+    """The metrics of an evaluation: ``accuracy`` and, of more than 20 classes, ``accuracy_top5``.
+
+    The latter is the share of samples whose label is among the five with the largest logits.
+    """
+    found: dict[str, Metric | MetricCollection] = {"accuracy": accuracy(num_classes)}
+    if num_classes > 20:
+        found["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+    return MetricCollection(found, compute_groups=False)
+
+
 class EpochMeans(nn.ModuleDict):
     """Losses and accuracy over an epoch of training.
 
@@ -49,7 +60,15 @@ class EpochMeans(nn.ModuleDict):
         super().__init__({"loss": SampleMean(), "accuracy": accuracy(num_classes)})
 
     def add(self, losses: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``losses`` by name, ``logits`` (B, num_classes) and ``labels`` (B,)."""
+        """Add a batch.
+
+        Args:
+            losses: scalars by name.
+            logits: (B, num_classes).
+            labels: (B,), or their probabilities (B, num_classes), of which accuracy takes the most likely one.
+        """
+        if labels.is_floating_point():
+            labels = labels.argmax(dim=1)
         for name, mean in self._metrics():
             if name == "accuracy":
                 mean.update(logits, labels)

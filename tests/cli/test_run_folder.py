@@ -123,6 +123,12 @@ def test_evaluation_logs_into_the_folder_of_the_run(command):
         (row,) = csv.DictReader(file)
     assert float(row["test/accuracy"]) == after["results/results/test_accuracy"][0][1]
     assert Path(row["checkpoint"]).name == "binary.ckpt"
+    with Path("runs/default/version_0/per_class_binary.csv").open(newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert [one["class"] for one in classes] == [*"0123456789"]
+    share = sum(int(one["correct"]) for one in classes) / sum(int(one["images"]) for one in classes)
+    assert share == pytest.approx(float(row["test/accuracy"]))
+    assert {"confusion_binary.csv", "confusion_binary.png"} <= names("runs/default/version_0")
 
 
 def test_a_csv_log_is_continued_by_a_resumed_run_and_by_a_test(command):

@@ -13,7 +13,7 @@ from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, 
 KINDS: list[type[ImageDataModule]] = [Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, ImageFolder]
 INTEGERS = {"batch_size": 1, "num_workers": 0, "train_size": 1, "seed": 0, "crop_padding": 0, "image_size": 1}
 INTEGERS["num_classes"] = 1
-PATHS, BOOLS = {"root", "predict_dir"}, {"flip", "in_memory", "grayscale", "skip_corrupt"}
+PATHS, BOOLS = {"root", "predict_dir"}, {"flip", "in_memory", "grayscale", "skip_corrupt", "weighted_sampling"}
 MAY_BE_NONE = {"train_size", "image_size", "in_memory", "predict_dir"}
 MAY_BE_NONE |= {"grayscale", "num_classes", "classes", "mean", "std"}
 
@@ -37,6 +37,10 @@ def allowed_for(argument: str) -> tuple[str, list[Any]]:
     if argument in ("mean", "std"):
         wrong = [0.5, [0.5], [0.5] * 4, ["a"] * 3, [0.5, 0.5, float("nan")], [0.5, -1, 0.5], [0.5, float("inf"), 0.5]]
         return f"a list of 3 numbers of at least {0 if argument == 'mean' else 1e-06}", wrong
+    if argument in ("mixup_alpha", "cutmix_alpha"):
+        return "a number of at least 0", [-0.1, float("nan"), float("inf"), "0.1", True, [1.0]]
+    if argument == "random_erasing":
+        return "a number in [0, 1]", [-0.1, 1.1, float("nan"), float("inf"), "0.1", True]
     assert argument == "val_fraction"
     return "a number in [0, 1)", [1, 1.0, -0.1, float("nan"), float("inf"), "0.1", True]
 

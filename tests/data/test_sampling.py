@@ -22,7 +22,7 @@ from pcnn_lightning.errors import InputError
 
 def numbered(size: int, augmentation: Augmentation | None = None) -> MemoryImages:
     """Images whose label is their index."""
-    images = torch.randint(0, 256, (size, 1, 2, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = torch.randint(0, 256, (size, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     return MemoryImages(images=images, labels=torch.arange(size), augmentation=augmentation)
 
 
@@ -33,7 +33,9 @@ def epoch_of(loader: EpochLoader, epoch: int) -> list[RawBatch]:
 
 
 def loader_of(size: int, batch_size: int, num_workers: int = 0, seed: int = 0, **sampling: Any) -> EpochLoader:
-    images = numbered(size, Augmentation(seed, crop_padding=4, flip=True))
+    images = numbered(size, Augmentation(seed, 4, True, random_erasing=0.5, mixup_alpha=1.0, cutmix_alpha=1.0))
+    if sampling.pop("weighted", False):
+        sampling["labels"] = torch.arange(size) % 3
     sampler = EpochSampler(images, seed, **sampling)
     options: dict[str, Any] = {
         "collate_fn": as_it_is,
@@ -103,15 +105,16 @@ def test_dropping_the_last_samples_repeats_none():
 
 def test_order_and_augmentation_change_with_epoch_and_seed():
     loader = loader_of(64, 64)
-    ((images, labels, offsets, flips),) = epoch_of(loader, 0)
-    assert torch.equal(images, loader.dataset.images[labels])
+    (batch,) = epoch_of(loader, 0)
+    labels, offsets, flips = batch.labels, batch.offsets, batch.flips
+    assert torch.equal(batch.images, loader.dataset.images[labels])
     assert 0 <= int(offsets.min()) < int(offsets.max()) <= 8
     assert 0 < int(flips.sum()) < 64
     for other in (epoch_of(loader, 1), epoch_of(loader_of(64, 64, seed=1), 0)):
         order = other[0].labels.argsort()
         assert not torch.equal(labels, other[0].labels)
-        assert not torch.equal(offsets[labels.argsort()], other[0].offsets[order])
-        assert not torch.equal(flips[labels.argsort()], other[0].flips[order])
+        for mine, its in zip(batch[2:], other[0][2:], strict=True):
+            assert not torch.equal(mine[labels.argsort()], its[order])
 
 
 def test_workers_and_earlier_epochs_change_nothing():
@@ -122,9 +125,11 @@ def test_workers_and_earlier_epochs_change_nothing():
     assert_same(epoch_of(loader_of(20, 4), 3), expected)
 
 
-def test_two_processes_see_the_batches_of_one():
-    together = epoch_of(loader_of(24, 8), 2)
-    first, second = (epoch_of(loader_of(24, 4, num_replicas=2, rank=rank), 2) for rank in range(2))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_two_processes_see_the_batches_of_one(weighted):
+    together = epoch_of(loader_of(24, 8, weighted=weighted), 2)
+    shares = [loader_of(24, 4, num_replicas=2, rank=rank, weighted=weighted) for rank in range(2)]
+    first, second = (epoch_of(share, 2) for share in shares)
     united = [
         RawBatch(*(torch.stack([mine, its], 1).flatten(0, 1) for mine, its in zip(batch, other, strict=True)))
         for batch, other in zip(first, second, strict=True)
@@ -143,19 +148,20 @@ def test_the_global_random_state_is_neither_read_nor_changed(num_workers):
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupted_epoch_is_taken_up_where_it_stopped(num_workers):
-    whole = [epoch_of(loader_of(20, 4), epoch) for epoch in range(3)]
-    interrupted = loader_of(20, 4, num_workers)
+@pytest.mark.parametrize(("num_workers", "weighted"), [(0, False), (2, False), (2, True)])
+def test_an_interrupted_epoch_is_taken_up_where_it_stopped(num_workers, weighted):
+    whole = [epoch_of(loader_of(20, 4, weighted=weighted), epoch) for epoch in range(3)]
+    interrupted = loader_of(20, 4, num_workers, weighted=weighted)
     interrupted.sampler.set_epoch(1)
     batches = iter(interrupted)
     assert_same([next(batches), next(batches)], whole[1][:2])
     state = interrupted.state_dict()
-    resumed = loader_of(20, 4, num_workers)
+    resumed = loader_of(20, 4, num_workers, weighted=weighted)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert_same(epoch_of(resumed, 1), whole[1][2:])
-    assert resumed.state_dict() == {"epoch": 1, "batches": 5, "images": 20, "labels": 0, "seed": 0, "global_batch": 4}
+    place = {"images": 20, "labels": 0, "seed": 0, "global_batch": 4, "weighted": weighted}
+    assert resumed.state_dict() == {"epoch": 1, "batches": 5, **place}
     assert_same(epoch_of(resumed, 1), whole[1])  # only once
     assert_same(epoch_of(resumed, 2), whole[2])
 
@@ -177,6 +183,7 @@ def interrupted_state(epoch: int = 1, batches: int = 2) -> dict[str, int]:
         ({"num_replicas": 2}, "batch_size × processes must be 4, but got 8"),
         ({"size": 24}, "the number of training images must be 20, but got 24"),
         ({"seed": 3}, "seed must be 0, but got 3"),
+        ({"weighted": True}, "weighted_sampling must be False, but got True"),
         ({"size": 8, "seed": 3}, "the number of training images must be 20, but got 8, and seed must be 0, but got 3"),
     ],
 )

@@ -16,7 +16,7 @@ MODELS = {
 }
 MAY_BE_NONE = {
     *("widths", "gradient_clip", "init_from", "scale", "projection_forward", "projection_init"),
-    *("image_size", "network", "convert", "teacher"),
+    *("image_size", "network", "convert", "class_weights", "teacher", "kernel_weight_decay"),
     *(f"projection_{name}" for name in ("schedule", "milestones", "decay", "warmup_epochs")),
 }
 NUMBERS = {
