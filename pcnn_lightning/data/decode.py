@@ -50,7 +50,7 @@ def _decode(source: Source, index: int, grayscale: bool) -> Tensor:
                 # The pixels of Pillow in half the time: it decodes to four bytes a pixel and copies them twice.
                 pixels: Tensor = decode_jpeg(content, ImageReadMode.RGB)
                 return pixels
-            except RuntimeError:  # Pillow decides what is corrupt
+            except RuntimeError:  # Pillow says what is wrong
                 file.seek(0)
                 return _pixels(_open(file), grayscale)
         return _pixels(image, grayscale)

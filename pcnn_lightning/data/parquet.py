@@ -86,7 +86,7 @@ class ParquetImages(WebDataset):
         if missing := {file: copy for file, copy in copies.items() if not copy.is_file()}:
             _check_space(missing)
             copy = partial(_copy, copies=missing, image_column=self.image_column, label_column=self.label_column)
-            work_on("copied to tars", list(missing), copy)
+            work_on("Parquet files copied to tars", list(missing), copy)
         return {split: [str(copies[file]) for file in files] for split, files in shards.items()}
 
     def _copy_of(self, file: str) -> Path:
@@ -151,7 +151,7 @@ def _copy(file: str, copies: dict[str, Path], image_column: str, label_column: s
         _check_column(file, opened.schema_arrow, "label_column", label_column)
         with replacing(copies[file]) as target, tarfile.open(fileobj=target, mode="w") as tar:
             for row, (image, label) in enumerate(_rows(opened, image_column, label_column)):
-                content = image["bytes"] if isinstance(image, dict) else image
+                content = image.get("bytes") if isinstance(image, dict) else image
                 if not isinstance(content, bytes) or type(label) is not int or label < 0:
                     raise InputError(
                         f"{file}: row {row} must have the bytes of an image in {image_column} and an integer of at "

@@ -44,6 +44,7 @@ LABEL_KEYS = ("label", "cls")
 FORMAT = "1"
 """Version of the index files."""
 
+_ARRAYS = ("labels", "offsets", "sizes", "names")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two of zeros
 _OPEN = 256  # tars; a process may often have no more than 1024 files open
@@ -240,7 +241,7 @@ def _read_index(tar: str, cache_dir: Path | None) -> Index | None:
         with safe_open(path, "numpy") as file:
             if {key: (file.metadata() or {}).get(key) for key in stamp_of(tar)} != stamp_of(tar):
                 return None
-            labels, offsets, sizes, names = (file.get_tensor(name) for name in Index._fields)
+            labels, offsets, sizes, names = (file.get_tensor(name) for name in _ARRAYS)
             return Index(labels, offsets, sizes, names.view(f"S{names.shape[1]}")[:, 0])
     except (OSError, SafetensorError):
         return None
@@ -250,9 +251,10 @@ def _write_index(tar: str, cache_dir: Path | None) -> str | None:
     """Scan a tar and write its index; return what is wrong with it, because workers would wrap the error."""
     stamp = stamp_of(tar)
     try:
-        index = scan(tar)
-        tensors = {**index._asdict(), "names": index.names[:, None].view(np.uint8)}  # strings as rows of bytes
-        write_whole(cached(tar, ".index", cache_dir), save(tensors, stamp))
+        labels, offsets, sizes, names = scan(tar)
+        rows = names[:, None].view(np.uint8)  # of bytes, since the format has no strings
+        arrays = dict(zip(_ARRAYS, (labels, offsets, sizes, rows), strict=True))
+        write_whole(cached(tar, ".index", cache_dir), save(arrays, stamp))
     except InputError as error:
         return str(error)
     return None
@@ -272,7 +274,7 @@ def read_indexes(tars: Sequence[str], cache_dir: Path | None = None) -> list[Ind
     found = {tar: _read_index(tar, cache_dir) for tar in tars}
     missing = [tar for tar, index in found.items() if index is None]
     if missing:
-        work_on("indexed", missing, partial(_write_index, cache_dir=cache_dir))
+        work_on("tars indexed", missing, partial(_write_index, cache_dir=cache_dir))
         found |= {tar: _read_index(tar, cache_dir) for tar in missing}
     if changing := [tar for tar, index in found.items() if index is None]:
         raise InputError(f"{some_of(changing)} changed while being indexed: wait until all tars are complete")
@@ -283,7 +285,7 @@ def work_on(what: str, files: Sequence[str], work: Callable[[str], str | None]) 
     """Do something with each of the files, by all cores, with a progress bar.
 
     Args:
-        what: what is done with them, for the bar.
+        what: what is done, as a heading.
         files: paths.
         work: function that returns what is wrong with a file, or None.
 
@@ -302,10 +304,10 @@ def work_on(what: str, files: Sequence[str], work: Callable[[str], str | None]) 
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not first or not sys.stderr.isatty()) as bar:
-        for said in bar.track(loader, len(files), description=f"{len(files):,} files to be {what}"):
+        for said in bar.track(loader, len(files), description=what):
             if said is not None:
                 raise InputError(said)
-    rank_zero_info(f"{len(files):,} files were {what}, once and for all")
+    rank_zero_info(f"{what}: {len(files):,}")
 
 
 class _Work(Dataset[Any]):

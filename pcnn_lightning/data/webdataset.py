@@ -10,7 +10,7 @@ from pcnn_lightning.checks import check_path
 from pcnn_lightning.data.base import Split
 from pcnn_lightning.data.encoded import EncodedImages
 from pcnn_lightning.data.sources import Source
-from pcnn_lightning.data.tars import find_shards, read_indexes, read_tars
+from pcnn_lightning.data.tars import Index, find_shards, read_indexes, read_tars
 from pcnn_lightning.errors import InputError
 
 CLASSES = "classes.txt"
@@ -72,8 +72,7 @@ class WebDataset(EncodedImages):
         Raises:
             InputError: if there are no tars, or one cannot be used.
         """
-        for tars in self.tars().values():
-            read_indexes(tars, self.cache_dir)
+        self._indexes(self.tars())
 
     def find_classes(self, num_classes: int | None) -> tuple[list[str], str]:
         file = self.root / CLASSES
@@ -88,11 +87,15 @@ class WebDataset(EncodedImages):
 
     def largest_label(self) -> int:
         """Find the largest label of all splits."""
-        indexes = [index for tars in self.tars().values() for index in read_indexes(tars, self.cache_dir)]
-        return max(int(index.labels.max()) for index in indexes)
+        return max(int(index.labels.max()) for index in self._indexes(self.tars()))
+
+    def _indexes(self, tars: dict[Split, list[str]]) -> list[Index]:
+        return read_indexes([tar for of_split in tars.values() for tar in of_split], self.cache_dir)
 
     def find_files(self) -> dict[Split, tuple[Source, Tensor]]:
-        return {split: read_tars(tars, self.cache_dir) for split, tars in self.tars().items()}
+        tars = self.tars()
+        self._indexes(tars)  # of all splits at a time
+        return {split: read_tars(of_split, self.cache_dir) for split, of_split in tars.items()}
 
     def tars(self) -> dict[Split, list[str]]:
         """Find the tars of each split that there is.

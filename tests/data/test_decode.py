@@ -10,7 +10,6 @@ import pytest
 import torch
 from made_images import random_image
 from PIL import Image
-from torchvision.io import decode_jpeg
 
 from pcnn_lightning.data import decode as decoding
 from pcnn_lightning.data.decode import decode_all, failing, look_at
@@ -156,17 +155,6 @@ def test_a_truncated_jpeg_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(InputError, match="truncated"):
         decode(str(file))
-
-
-def test_pillow_decides_what_is_corrupt(tmp_path):
-    """A file that ends with its pixels, without the marker of the end, is whole to Pillow and not to torchvision."""
-    file = tmp_path / "a.jpg"
-    random_image(np.random.default_rng(0), 64, 64).save(file)
-    expected = np.asarray(Image.open(file))
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(RuntimeError, match="truncated"):
-        decode_jpeg(torch.from_numpy(np.fromfile(file, np.uint8)))
-    assert np.array_equal(decode(str(file)), expected)
 
 
 def test_floating_point_pixels_are_refused(tmp_path):
