@@ -253,7 +253,7 @@ def _write_index(tar: str, cache_dir: Path | None) -> str | None:
     try:
         labels, offsets, sizes, names = scan(tar)
         rows = names[:, None].view(np.uint8)  # of bytes, since the format has no strings
-        arrays = dict(zip(_ARRAYS, (labels, offsets, sizes, rows), strict=True))
+        arrays: dict[str, NDArray[Any]] = dict(zip(_ARRAYS, (labels, offsets, sizes, rows), strict=True))
         write_whole(cached(tar, ".index", cache_dir), save(arrays, stamp))
     except InputError as error:
         return str(error)

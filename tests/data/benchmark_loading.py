@@ -29,11 +29,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from pcnn_lightning.data import ImageFolder, WebDataset, tars
+from pcnn_lightning.data.datasets import Augmentation
 from pcnn_lightning.data.decode import decode
 from pcnn_lightning.data.disk import DiskImages
 from pcnn_lightning.data.sources import Files
 
 CLASSES, TARS, BATCH, SIDE = 100, 20, 64, 224
+DETAILS = 20
+"""Different images of a class."""
 TRANSFORM = v2.Compose([v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 """Of the other loaders. Like ours, they return bytes, which are normalized on the device."""
 
@@ -64,8 +67,9 @@ def load_sample_images_once(kept: list[Any] = []) -> list[Any]:  # noqa: B006
 def write_class(root: Path, count: int, label: int) -> None:
     folder = root / "train" / f"class_{label:03d}"
     folder.mkdir(parents=True, exist_ok=True)
+    details = [photograph(label * DETAILS + number) for number in range(DETAILS)]
     for number in range(count // CLASSES):
-        (folder / f"{number:05d}.jpg").write_bytes(photograph(label * count + number))
+        (folder / f"{number:05d}.jpg").write_bytes(details[number % DETAILS])
 
 
 def make(root: Path, count: int) -> None:
@@ -84,10 +88,7 @@ def decoders(files: list[str]) -> dict[str, Callable[[int], Any]]:
 
     contents = [Path(file).read_bytes() for file in files]
     crop = v2.RandomResizedCrop(SIDE)
-    ours = DiskImages(files=Files(files), labels=None, size=(SIDE, SIDE))
-    augmented = ImageFolder(str(Path(files[0]).parents[2]), image_size=SIDE, in_memory=False).train_set
-    assert isinstance(augmented, DiskImages)
-    ours = DiskImages(files=Files(files), size=(SIDE, SIDE), augmentation=augmented.augmentation)
+    ours = DiskImages(files=Files(files), size=(SIDE, SIDE), augmentation=Augmentation(0, crop_padding=0, flip=True))
 
     def drafted(index: int) -> Image.Image:
         image = Image.open(io.BytesIO(contents[index]))
@@ -114,7 +115,7 @@ def decoders(files: list[str]) -> dict[str, Callable[[int], Any]]:
 
 
 def measure_decoders(root: Path, rounds: int) -> None:
-    files = [str(file) for file in sorted((root / "folder").rglob("*.jpg"))[::500]]
+    files = [str(file) for file in sorted((root / "folder").rglob("*.jpg"))[::250]]
     table = decoders(files)
     best = dict.fromkeys(table, float("inf"))
     for _ in range(rounds):
@@ -134,7 +135,7 @@ def loaders(root: Path) -> dict[str, Callable[[int], Iterator[Any]]]:
     import webdataset
 
     def ours(kind: type[ImageFolder | WebDataset], folder: str, workers: int) -> Iterator[Any]:
-        options = {"image_size": SIDE, "in_memory": False, "val_fraction": 0, "batch_size": BATCH}
+        options: dict[str, Any] = {"image_size": SIDE, "in_memory": False, "val_fraction": 0, "batch_size": BATCH}
         return iter(kind(str(root / folder), num_workers=workers, **options).train_dataloader())
 
     def torchvisions(workers: int) -> Iterator[Any]:
@@ -203,8 +204,8 @@ def measure_large_index(root: Path, count: int = 1_300_000, shards: int = 147) -
     def made_up(tar: str) -> tars.Index:
         size = count // shards
         labels = rng.integers(0, 1000, size)
-        numbers = rng.integers(0, 10**8, size)
-        names = np.array([f"n{label:08d}/n{label:08d}_{number}.JPEG".encode() for label, number in zip(labels, numbers)])
+        numbers = zip(labels.tolist(), rng.integers(0, 10**8, size).tolist(), strict=True)
+        names = np.array([b"n%08d/n%08d_%d.JPEG" % (label, label, number) for label, number in numbers])
         return tars.Index(labels, np.arange(size) * 110_000, np.full(size, 110_000), names)
 
     paths = [folder / f"{number:03d}.tar" for number in range(shards)]

@@ -14,6 +14,7 @@ import torch
 from made_images import make_folder, make_tar, pack, random_image
 from test_training import Recorder, Seen, trainer_for
 
+from pcnn_lightning.cli import main
 from pcnn_lightning.data import ImageFolder, WebDataset, tars
 from pcnn_lightning.data.datasets import MemoryImages
 from pcnn_lightning.data.decode import decode
@@ -125,6 +126,20 @@ def test_two_processes_index_once_and_train_on_the_batches_of_one(root):
         assert step[:2] == first[:2] == second[:2]
         assert step[2] == [label for dealt in zip(first[2], second[2], strict=True) for label in dealt]
         assert step[3] == pytest.approx(first[3] + second[3])
+
+
+def test_the_configuration_of_imagenet_runs_from_tars(root, monkeypatch):
+    (root / "test").rename(root / "val")
+    configs = Path(__file__).parents[2] / "configs"
+    files = [f"--config={configs / name}.yaml" for name in ("imagenet_resnet18_progressive", "debug")]
+    data = ["--data=WebDataset", f"--data.root={root}", "--data.num_classes=3", "--data.image_size=32"]
+    data += ["--data.train=train/{000..002}.tar", "--data.batch_size=4", "--data.num_workers=0"]
+    rest = ["--model.widths=[2,2,2,4,4]", "--model.compile=false", "--trainer.accelerator=cpu"]
+    monkeypatch.setattr(sys, "argv", ["pcnn_lightning"])
+    cli = main(["fit", *files, *data, *rest, "--trainer.enable_model_summary=false"])
+    assert cli.trainer.global_step == 1
+    assert len(cli.datamodule.train_set) == 33
+    assert cli.model.hparams["num_classes"] == 3
 
 
 # --- which tars, labels and classes ---------------------------------------------------------------------------------
@@ -288,7 +303,12 @@ def test_an_image_that_cannot_be_decoded_is_named_or_left_out(tmp_path, num_work
 
 def scans(monkeypatch) -> list[str]:
     seen: list[str] = []
-    monkeypatch.setattr(tars, "scan", lambda tar: seen.append(tar) or scan(tar))
+
+    def counted(tar: str) -> tars.Index:
+        seen.append(tar)
+        return scan(tar)
+
+    monkeypatch.setattr(tars, "scan", counted)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # in this process, which counts
     return seen
 
