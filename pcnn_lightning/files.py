@@ -5,8 +5,10 @@ import os
 import re
 import secrets
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pcnn_lightning.errors import InputError
 
@@ -54,18 +56,26 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_bytes(content)
             return
-        _replace(Path(os.path.realpath(path)), content)
+        with replacing(path) as file:
+            file.write(content)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from error
 
 
-def _replace(path: Path, content: bytes | memoryview) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``, which replaces it at the end, unless there is an error.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f"{socket.gethostname()}-{os.getpid()}"
     unfinished = path.with_name(f"{path.name[:40]}.{own}-{secrets.token_hex(4)}.part")  # names have at most 255 bytes
     try:
         with unfinished.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)

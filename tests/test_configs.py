@@ -97,6 +97,7 @@ EXPECTED = {  # family, backbone, J or K, stage, and what else must hold for eac
     "cifar_binary": ("PCNN", "wrn22", 4, "binary", {"projection_loss_weight": 1e-4}),
     "digits": ("PCNN", "wrn7", 1, "ternary", {}),
     "imagenet_resnet18": ("PCNN", "resnet18", 1, "binary", {}),
+    "imagenet_resnet18_progressive": ("PCNN", "resnet18", 1, "ternary", {}),
     "mcn_digits": ("MCN", "mcn8", 4, "binary", {"average": False, "binarize": True}),
     "mcn_cifar": ("MCN", "mcn20", 4, "binary", {"average": False, "binarize": True}),
     "mcn1_cifar": ("MCN", "mcn20", 4, "binary", {"average": True, "binarize": True}),
@@ -165,6 +166,13 @@ def test_twins_differ_in_the_stated_settings_only():
     for config in (cifar, cifar100):
         del config["data"]["class_path"], config["run_dir"]
     assert cifar == cifar100
+    imagenet, progressive = read("imagenet_resnet18"), read("imagenet_resnet18_progressive")
+    del imagenet["run_dir"], progressive["run_dir"], progressive["stage_switch"]
+    assert (imagenet["model"]["init_args"].pop("stage"), progressive["model"]["init_args"].pop("stage")) == (
+        "binary",
+        "ternary",
+    )
+    assert imagenet == progressive
     assert read("cifar_binary")["data"] == read("cifar_full_precision")["data"]
     assert {**build("cifar_binary").twin().hparams} == {**build("cifar_full_precision").hparams}
 
@@ -192,7 +200,8 @@ def test_digits_runs(name):
 def test_runs_on_a_folder(tmp_path, name):
     """One step with small images and few channels, started as described in cifar.yaml."""
     rng = np.random.default_rng(0)
-    evaluation = "val" if name == "imagenet_resnet18" else "test"
+    imagenet = name.startswith("imagenet_")
+    evaluation = "val" if imagenet else "test"
     for split in ("train", evaluation):
         for label in ("cat", "dog"):
             folder = tmp_path / "images" / split / label
@@ -200,7 +209,7 @@ def test_runs_on_a_folder(tmp_path, name):
             for number in range(3):
                 pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    if name == "imagenet_resnet18":
+    if imagenet:
         flags = ["--data.init_args.root=images", "--data.num_classes=2", "--data.image_size=32"]
         flags += ["--model.widths=[2,2,2,4,4]", "--data.num_workers=0", "--data.batch_size=4"]
     else:

@@ -296,7 +296,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": _as_it_is,
-            "worker_init_fn": _leave_interrupts_to_the_first_process if self.num_workers > 0 else None,
+            "worker_init_fn": leave_interrupts_to_the_first_process if self.num_workers > 0 else None,
             "generator": torch.Generator(),  # otherwise, a DataLoader draws from the global random state
         }
 
@@ -322,7 +322,8 @@ class ImageDataModule(LightningDataModule, ABC):
         return mix(images, batch.labels, batch.shares, batch.pasted, self.num_classes)
 
 
-def _leave_interrupts_to_the_first_process(_: int) -> None:
+def leave_interrupts_to_the_first_process(_: int) -> None:
+    """Make a worker ignore Ctrl-C, which ends it by way of the process that it works for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

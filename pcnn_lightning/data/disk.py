@@ -1,18 +1,25 @@
 """Datasets too large for memory, decoded on demand."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from pcnn_lightning.data.datasets import ImageSet, RawBatch
-from pcnn_lightning.data.decode import decode, fitted, to_array
-from pcnn_lightning.data.sampling import Stream, mixed_seed
+from pcnn_lightning.data.decode import decode, fitted
+from pcnn_lightning.data.sampling import Stream, generator
+from pcnn_lightning.data.sources import Source
+
+Box = tuple[int, int, int, int]
+"""Top row, left column, height and width, in pixels."""
+
+_ASPECT = 4 / 3
+"""Largest aspect ratio of a random box; the smallest is its inverse."""
+_LOG_ASPECTS: list[float] = torch.tensor([1 / _ASPECT, _ASPECT], dtype=torch.float32).log().tolist()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -24,7 +31,7 @@ class DiskImages(ImageSet):
     crop.
 
     Args:
-        files: N paths.
+        files: N files.
         size: (W, H) of the returned images, in pixels; equal unless ``margin`` is false.
         margin: for evaluation, cut off a margin as above; if false, resize and center-crop as little as possible, as
             images in memory are.
@@ -33,7 +40,7 @@ class DiskImages(ImageSet):
         augmentation: augmentation for training; None applies the evaluation transforms.
     """
 
-    files: Sequence[str]  # strings, because millions of Path objects take several times the memory
+    files: Source
     size: tuple[int, int]
     margin: bool = True
     grayscale: bool = False
@@ -42,15 +49,15 @@ class DiskImages(ImageSet):
         return len(self.files)
 
     def __getitems__(self, codes: list[int]) -> RawBatch:
-        with _default_dtype(torch.float32):  # torchvision draws in the default dtype
-            transform = self._transform()
-            images = [torch.tensor(self._image(code, transform)) for code in codes]
+        width, height = self.size
+        images = torch.empty((len(codes), 1 if self.grayscale else 3, height, width), dtype=torch.uint8)
+        for image, code in zip(images, codes, strict=True):
+            image.copy_(self._image(code))
         labels = self._labels_at(torch.tensor(codes) % len(self))
-        return RawBatch(torch.stack(images), labels, None, None, *self._variations(codes))
+        return RawBatch(images, labels, None, None, *self._variations(codes))
 
     def select(self, indices: Tensor) -> "DiskImages":
-        files = [self.files[index] for index in indices.tolist()]
-        return replace(self, files=files, labels=self._labels_at(indices))
+        return replace(self, files=self.files.select(indices), labels=self._labels_at(indices))
 
     def _variations(self, codes: list[int]) -> Iterator[Tensor | None]:
         if self.augmentation is not None:
@@ -58,35 +65,49 @@ class DiskImages(ImageSet):
             drawn = [self.augmentation.draw(1, self.size[::-1], *key) for key in keys]
             yield from (None if parts[0] is None else torch.cat(parts) for parts in zip(*drawn, strict=True))
 
-    def _transform(self) -> Callable[[Image.Image], Image.Image]:
-        side = self.size[0]
-        if self.augmentation is not None:
-            chance = 0.5 if self.augmentation.flip else 0.0
-            steps: list[Any] = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(chance)]
-        elif self.margin:
-            steps = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
-        else:
-            return lambda image: fitted(image, self.size)
-        compose: Callable[[Image.Image], Image.Image] = v2.Compose(steps)
-        return compose
-
-    def _image(self, code: int, transform: Callable[[Image.Image], Image.Image]) -> Any:
+    def _image(self, code: int) -> Tensor:
         epoch, index = divmod(code, len(self))
-        image = decode(self.files[index], self.grayscale)
-        if self.augmentation is None:
-            return to_array(transform(image))
-        # torchvision draws from the global generator, so seed that per sample and restore it afterwards. Not with
-        # torch.manual_seed, which would also seed the GPUs, whose state fork_rng does not restore here.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed_seed(self.augmentation.seed, epoch, Stream.AUGMENTATION, index))
-            return to_array(transform(image))
+        image = decode(self.files, index, self.grayscale)
+        if self.augmentation is not None:
+            rng = generator(self.augmentation.seed, epoch, Stream.AUGMENTATION, index)
+            image = _resized(_cut(image, random_box(image.shape[1], image.shape[2], rng)), self.size[0])
+            flipped = torch.rand(1, generator=rng, dtype=torch.float32) < (0.5 if self.augmentation.flip else 0.0)
+            return image.flip(2) if flipped else image
+        return _middle(image, self.size[0]) if self.margin else fitted(image, self.size)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def random_box(height: int, width: int, rng: torch.Generator) -> Box:
+    """Draw a box of 8 to 100 % of the area of an image and an aspect ratio of 3:4 to 4:3.
+
+    These are the numbers that torchvision's ``RandomResizedCrop`` draws, from a generator of one's own.
+    """
+    for _ in range(10):
+        area = height * width * _uniform(0.08, 1.0, rng=rng).item()
+        aspect = _uniform(*_LOG_ASPECTS, rng=rng).exp().item()
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(torch.randint(0, height - h + 1, (1,), generator=rng))
+            return top, int(torch.randint(0, width - w + 1, (1,), generator=rng)), h, w
+    # None fits into a long image, of which the middle is taken.
+    w = min(width, round(height * _ASPECT))
+    h = min(height, round(width * _ASPECT))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _uniform(low: float, high: float, *, rng: torch.Generator) -> Tensor:
+    return torch.empty(1, dtype=torch.float32).uniform_(low, high, generator=rng)
+
+
+def _cut(image: Tensor, box: Box) -> Tensor:
+    top, left, height, width = box
+    return image[:, top : top + height, left : left + width]
+
+
+def _resized(image: Tensor, side: int) -> Tensor:
+    """Resize with antialiasing, three times as fast as Pillow; a hundredth of the pixels differs from its by 1."""
+    return interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
+
+
+def _middle(image: Tensor, side: int) -> Tensor:
+    middle: Tensor = center_crop(resize(image, [round(side * 256 / 224)]), [side])
+    return middle

@@ -8,19 +8,23 @@ from typing import Any
 import pytest
 from made_images import make_folder
 
-from pcnn_lightning.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageDataModule, ImageFolder
+from pcnn_lightning import data
+from pcnn_lightning.data import MNIST, ImageDataModule, ImageFolder, WebDataset
 
-KINDS: list[type[ImageDataModule]] = [Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, ImageFolder]
+KINDS: list[type[ImageDataModule]] = [getattr(data, name) for name in data.__all__ if name != "ImageDataModule"]
 INTEGERS = {"batch_size": 1, "num_workers": 0, "train_size": 1, "seed": 0, "crop_padding": 0, "image_size": 1}
 INTEGERS["num_classes"] = 1
-PATHS, BOOLS = {"root", "predict_dir"}, {"flip", "in_memory", "grayscale", "skip_corrupt", "weighted_sampling"}
+PATHS = {"root", "predict_dir", "cache_dir"}
+BOOLS = {"flip", "in_memory", "grayscale", "skip_corrupt", "weighted_sampling"}
 MAY_BE_NONE = {"train_size", "image_size", "in_memory", "predict_dir"}
-MAY_BE_NONE |= {"grayscale", "num_classes", "classes", "mean", "std"}
+MAY_BE_NONE |= {"grayscale", "num_classes", "classes", "mean", "std", "train", "val", "test", "cache_dir"}
 
 
 def arguments_of(kind: type[ImageDataModule]) -> list[str]:
-    given = [*inspect.signature(ImageDataModule).parameters, *inspect.signature(kind).parameters]
-    return sorted(set(given) - {"kwargs"})
+    given = {
+        name for one in kind.__mro__ if issubclass(one, ImageDataModule) for name in inspect.signature(one).parameters
+    }
+    return sorted(given - {"kwargs"})
 
 
 def allowed_for(argument: str) -> tuple[str, list[Any]]:
@@ -32,6 +36,10 @@ def allowed_for(argument: str) -> tuple[str, list[Any]]:
         return "true or false", [1, 0.0, float("nan"), "yes", "false", []]
     if argument in PATHS:
         return "a path", [3, float("nan"), True, b"data", ["data"]]
+    if argument in ("train", "val", "test"):
+        return "a path or a list of paths", [3, True, [], ["a", 3], {"a": "b"}, b"data"]
+    if argument.endswith("_column"):
+        return "the name of a column", [3, True, b"image", ["image"]]
     if argument == "classes":
         return "a list of different names", [[], "ab", [1, 2], ["a", "a"], ["a", ""], {"a": 1}]
     if argument in ("mean", "std"):
@@ -49,13 +57,17 @@ def allowed_for(argument: str) -> tuple[str, list[Any]]:
     ("kind", "argument"), [(kind, argument) for kind in KINDS for argument in arguments_of(kind)], ids=str
 )
 def test_what_an_argument_cannot_be_is_named(tmp_path, kind, argument):
-    needed = {"root": str(make_folder(tmp_path, {"train": {"a": 1}}))} if kind is ImageFolder else {}
+    needed: dict[str, Any] = {}
+    if kind is ImageFolder:
+        needed["root"] = str(make_folder(tmp_path, {"train": {"a": 1}}))
+    elif issubclass(kind, WebDataset):
+        needed["classes"] = ["a"]
     allowed, values = allowed_for(argument)
     for value in values if argument in MAY_BE_NONE else [*values, None]:
         with pytest.raises(ValueError, match=f"^{re.escape(f'{argument} must be {allowed}, but got {value!r}')}$"):
             kind(**{**needed, argument: value})
     if argument in MAY_BE_NONE:
-        kind(**{**needed, argument: None})
+        kind(**{**needed, argument: None} if argument != "classes" else {**needed, argument: None, "num_classes": 1})
 
 
 def test_paths_may_be_objects(tmp_path):

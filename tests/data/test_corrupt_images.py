@@ -9,7 +9,7 @@ from made_images import make_folder
 from PIL import Image
 from tiny import tiny_pcnn, tiny_trainer
 
-from pcnn_lightning.data import ImageFolder, folder
+from pcnn_lightning.data import ImageFolder, encoded
 from pcnn_lightning.errors import InputError
 
 PLACES = [{}, {"image_size": 4}, {"image_size": 8, "in_memory": False}]
@@ -81,7 +81,7 @@ def test_leaving_them_out_equals_removing_them(tmp_path, options, said):
 
 @pytest.mark.parametrize("available", [10**9, 0])
 def test_names_of_predictions_are_those_of_the_images_left(tmp_path, monkeypatch, available):
-    monkeypatch.setattr(folder, "available_memory", lambda: available)
+    monkeypatch.setattr(encoded, "available_memory", lambda: available)
     root = folder_with(tmp_path, "test/cat/000.png")
     data = ImageFolder(str(root), predict_dir=str(root / "test"), skip_corrupt=True)
     names = data.predict_names()

@@ -11,18 +11,27 @@ import torch
 from made_images import random_image
 from PIL import Image
 
-from pcnn_lightning.data.decode import decode, decode_all, failing, look_at
+from pcnn_lightning.data import decode as decoding
+from pcnn_lightning.data.decode import decode_all, failing, look_at
+from pcnn_lightning.data.sources import Files
 from pcnn_lightning.errors import InputError
 
 RGB = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [120, 130, 140]]], dtype=np.uint8)
 GREY = np.array([[0, 1], [128, 255]], dtype=np.uint8)
 
 
+def decode(file: str, **options) -> np.ndarray:
+    """The pixels of a file, (H, W, C)."""
+    pixels = decoding.decode(Files([file]), 0, **options)
+    assert pixels.dtype == torch.uint8
+    return pixels.permute(1, 2, 0).numpy()
+
+
 def decoded(image: Image.Image, file, **options) -> np.ndarray:
     image.save(file, **options)
     result = decode(str(file))
-    assert result.mode == "RGB"
-    return np.asarray(result)
+    assert result.shape[2] == 3
+    return result
 
 
 @pytest.mark.parametrize("suffix", ["png", "PNG", "bmp", "tif", "ppm", "webp"])
@@ -35,8 +44,8 @@ def test_a_jpeg_equals_pillows_own_decoding(tmp_path):
     file = tmp_path / "a.JPEG"
     random_image(np.random.default_rng(0), 32, 24).save(file, format="JPEG")
     pixels = np.asarray(Image.open(file))
-    assert np.array_equal(np.asarray(decode(str(file))), pixels)
-    (tensor,), failures = decode_all([str(file)], (32, 24), fit=False)
+    assert np.array_equal(decode(str(file)), pixels)
+    (tensor,), failures = decode_all(Files([str(file)]), (32, 24), fit=False)
     assert failures == {}
     assert tensor.dtype == torch.uint8
     assert np.array_equal(tensor.permute(1, 2, 0), pixels)
@@ -78,7 +87,7 @@ def test_cmyk(tmp_path):
     assert np.abs(decoded(cmyk, tmp_path / "a.jpg").astype(int) - [0, 255, 255]).max() <= 3
 
 
-def decode_gray(file: str) -> Image.Image:
+def decode_gray(file: str) -> np.ndarray:
     return decode(file, grayscale=True)
 
 
@@ -171,11 +180,11 @@ def test_decode_all_keeps_the_order_and_fits_sizes(tmp_path):
     for number in range(600):
         files.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", (4, 2), (number % 256, number // 256, 0)).save(files[-1])
-    images, _ = decode_all(files, (4, 2), fit=False)
+    images, _ = decode_all(Files(files), (4, 2), fit=False)
     assert images.shape == (600, 3, 2, 4)
     assert images[:, 0, 0, 0].tolist() == [number % 256 for number in range(600)]
     assert images[:, 1, 1, 3].tolist() == [number // 256 for number in range(600)]
-    assert torch.equal(decode_all(files[:3], (3, 3), fit=True)[0], images[:3, :, :1, :1].expand(-1, -1, 3, 3))
+    assert torch.equal(decode_all(Files(files[:3]), (3, 3), fit=True)[0], images[:3, :, :1, :1].expand(-1, -1, 3, 3))
 
 
 def test_decode_all_names_the_first_file_that_differs(tmp_path):
@@ -183,7 +192,7 @@ def test_decode_all_names_the_first_file_that_differs(tmp_path):
     for file, size in zip(files, [(4, 2), (4, 2), (5, 6), (7, 7)], strict=True):
         Image.new("RGB", size).save(file)
     with pytest.raises(InputError, match=r"2\.png has 5×6 pixels .* have 4×2: set --data.image_size"):
-        decode_all(files, (4, 2), fit=False)
+        decode_all(Files(files), (4, 2), fit=False)
 
 
 def test_all_files_that_cannot_be_read_are_returned_in_order_and_the_others_decoded(tmp_path):
@@ -193,8 +202,9 @@ def test_all_files_that_cannot_be_read_are_returned_in_order_and_the_others_deco
         Image.new("RGB", (4, 2), (number % 256, 0, 0)).save(file)
     for file in broken:
         Path(file).write_bytes(broken_png()[:60])
-    images, failures = decode_all(files, (4, 2), fit=False)
-    assert tuple(failures) == tuple(failing(files)) == broken
+    images, failures = decode_all(Files(files), (4, 2), fit=False)
+    assert tuple(failures) == tuple(failing(Files(files)))
+    assert tuple(files[index] for index in failures) == broken
     whole = [number for number, file in enumerate(files) if file not in broken]
     assert images[whole, 0, 0, 0].tolist() == [number % 256 for number in whole]
 
@@ -204,7 +214,7 @@ def test_gray_is_pillows_own(tmp_path, mode):
     pixels = random_image(np.random.default_rng(0)).convert(mode)
     file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     pixels.save(file)
-    (tensor,), _ = decode_all([str(file)], (8, 8), fit=False, grayscale=True)
+    (tensor,), _ = decode_all(Files([str(file)]), (8, 8), fit=False, grayscale=True)
     expected = pixels.convert("RGB").convert("L") if mode == "CMYK" else pixels.convert("L")
     assert tensor.shape == (1, 8, 8)
     assert np.abs(tensor[0].numpy().astype(int) - np.asarray(expected)).max() <= (1 if mode == "CMYK" else 0)
@@ -217,8 +227,8 @@ def test_headers_tell_sizes_and_whether_all_are_gray(tmp_path):
     ):
         Image.new(mode, size).save(file)
     Path(files[5]).write_bytes(b"no image")
-    assert look_at(files[:4]) == ({(4, 2): 3, (3, 3): 1}, True)
-    assert look_at(files) == ({(4, 2): 3, (3, 3): 1, (5, 5): 1}, False)
-    assert look_at(files[5:]) == ({}, False)
-    assert look_at(files, most=2) == ({(4, 2): 2}, True)
-    assert look_at([]) == ({}, False)
+    assert look_at([Files(files[:4])]) == ({(4, 2): 3, (3, 3): 1}, True)
+    assert look_at([Files(files)]) == ({(4, 2): 3, (3, 3): 1, (5, 5): 1}, False)
+    assert look_at([Files(files[5:])]) == ({}, False)
+    assert look_at([Files(files)], most=2) == ({(4, 2): 2}, True)
+    assert look_at([Files([])]) == ({}, False)
