@@ -39,7 +39,8 @@ class TwoRateClassifier(OneBitClassifier):
         super().__init__(**others)
 
     def group_settings(self, settings: Mapping[str, Any]) -> dict[str, GroupSettings]:
+        first = super().group_settings(settings)
         own = {name: settings[f"projection_{name}"] for name in ("schedule", "milestones", "decay", "warmup_epochs")}
         shape = {name: settings[name] if value is None else value for name, value in own.items()}
         second = group_settings("eta2", settings["eta2"], shape, settings["projection_weight_decay"], "projection_")
-        return {**super().group_settings(settings), SECOND: second}
+        return {**first, SECOND: second}
