@@ -95,7 +95,9 @@ EXPECTED = {  # family, backbone, J or K, stage, and what else must hold for eac
     "cifar": ("PCNN", "wrn22", 4, "ternary", {"projection_loss_weight": 1e-4}),
     "cifar100": ("PCNN", "wrn22", 4, "ternary", {}),
     "cifar_binary": ("PCNN", "wrn22", 4, "binary", {"projection_loss_weight": 1e-4}),
+    "cifar_distilled": ("PCNN", "wrn22", 4, "binary", {}),
     "digits": ("PCNN", "wrn7", 1, "ternary", {}),
+    "resnet20_cifar": ("BNN", "wrn22", 1, "binary", {"normalization": "standardize"}),
     "imagenet_resnet18": ("PCNN", "resnet18", 1, "binary", {}),
     "imagenet_resnet18_progressive": ("PCNN", "resnet18", 1, "ternary", {}),
     "mcn_digits": ("MCN", "mcn8", 4, "binary", {"average": False, "binarize": True}),
@@ -151,7 +153,7 @@ def test_published_setting(name):
     assert config["data"]["init_args"]["batch_size"] == 128
     assert (hparams["optimizer"], hparams["momentum"], hparams["nesterov"]) == ("sgd", 0.9, True)
     assert hparams["weight_decay"] == 3e-4
-    rates = [model.groups[0].rate.at(epoch, 200) for epoch in range(200)]
+    rates = [model.groups["kernels"].rate.at(epoch, 200) for epoch in range(200)]
     rates[0] = rates[1]  # apart from a warm-up, which is ours
     assert model.hparams["warmup_epochs"] <= 1
     assert [epoch for epoch, (one, other) in enumerate(pairwise(rates), 1) if one != other] == [60, 120, 160]
@@ -175,6 +177,16 @@ def test_twins_differ_in_the_stated_settings_only():
     assert imagenet == progressive
     assert read("cifar_binary")["data"] == read("cifar_full_precision")["data"]
     assert {**build("cifar_binary").twin().hparams} == {**build("cifar_full_precision").hparams}
+
+
+def test_the_teacher_is_the_twin_of_its_student():
+    """With the widths and J of the student, where the run of its configuration leaves it."""
+    of_student, of_teacher = read("cifar_distilled"), read("cifar_full_precision")
+    teacher = of_student["model"]["init_args"]["teacher"]
+    assert teacher == f"{of_teacher['run_dir']}/version_0/checkpoints/full_precision.ckpt"
+    assert of_student["data"] == of_teacher["data"]
+    twin, trained = ({**model.hparams} for model in (build("cifar_distilled").twin(), build("cifar_full_precision")))
+    assert {name for name in twin if twin[name] != trained[name]} == {"temperature"}
 
 
 def test_mcn_variants_differ_in_one_setting():
@@ -217,8 +229,10 @@ def test_runs_on_a_folder(tmp_path, name):
         flags += [] if name.startswith("convert_") else ["--model.widths=[2,2,4,4]"]
     files = [f"--config={CONFIGS / name}.yaml", f"--config={CONFIGS / 'debug.yaml'}"]
     flags.append("--model.compile=false")  # compilation takes a minute
+    flags += ["--model.teacher=null"] if name == "cifar_distilled" else []
     cli = main(["fit", *files, *flags, *QUIET, "--trainer.accelerator=cpu"])
     assert cli.trainer.global_step == 1
     assert cli.model.hparams["num_classes"] == 2
-    assert cli.model.stage == build(name).stage
+    plan = read(name).get("stage_plan")
+    assert cli.model.stage == (plan["stages"][0]["stage"] if plan else build(name).stage)
     assert all(parameter.isfinite().all() for parameter in cli.model.parameters())
