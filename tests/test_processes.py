@@ -14,7 +14,8 @@ from tiny import Save, frozen_norm, tiny_digits, tiny_mcn, tiny_pcnn, tiny_train
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from pcnn_lightning import ConfusionMatrix, LossCurves, StageCheckpoint, StageSwitch
+from pcnn_lightning import ConfusionMatrix, LossCurves, StageCheckpoint, StagePlan, StageSwitch
+from pcnn_lightning.stages import Stage
 
 
 class KeepWeights(Callback):
@@ -47,15 +48,19 @@ def synchronised_norm(layer, x):
 MIXED: dict[str, dict[str, Any]] = {
     "PCNN": {"random_erasing": 0.5, "mixup_alpha": 0.4, "cutmix_alpha": 1.0},
     "MCN": {"mixup_alpha": 0.4, "weighted_sampling": True},
-    "converted": {},
 }
+PLAN = [
+    Stage("real", epochs=1, activations="real", optimizer="adam", eta1=0.002),
+    Stage("ternary", epochs=1, kernel_weight_decay=0.0),
+    Stage("binary", layer_by_layer=0.5, reinit_projection=True),
+]
 
 
 def train(folder: str, processes: int, family: str, accumulate: int) -> None:
     torch.manual_seed(0)
     shared = {"center_loss_weight": 0.01, "accumulate": accumulate, "schedule": "cosine"}
     model: Any
-    if family == "PCNN":
+    if family in ("PCNN", "plan"):
         model = tiny_pcnn(stage="ternary", reinit_projection=True, eta=0.3, projection_loss_weight=0.1, **shared)
     elif family == "converted":
         model = tiny_pcnn(
@@ -74,12 +79,13 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
             layer.forward = partial(synchronised_norm if accumulate == 1 else frozen_norm, layer)  # type: ignore[method-assign]
     # 145 validation images do not divide evenly.
     batch_size = 16 // processes // accumulate
-    data: Any = tiny_digits(batch_size=batch_size, crop_padding=1, val_fraction=0.1009, **MIXED[family])
+    data: Any = tiny_digits(batch_size=batch_size, crop_padding=1, val_fraction=0.1009, **MIXED.get(family, {}))
     normalised = data.on_after_batch_transfer
     data.on_after_batch_transfer = lambda batch, index: [
         part.double() if part.is_floating_point() else part for part in normalised(batch, index)
     ]
-    callbacks = [StageSwitch(2), LossCurves(), ConfusionMatrix(), StageCheckpoint(folder), KeepWeights(folder)]
+    stages = StagePlan(PLAN) if family == "plan" else StageSwitch(2)
+    callbacks = [stages, LossCurves(), ConfusionMatrix(), StageCheckpoint(folder), KeepWeights(folder)]
     several: dict[str, Any] = {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
     trainer: Any = tiny_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **several)
     trainer.run_folder = Path(folder)
@@ -89,7 +95,7 @@ def train(folder: str, processes: int, family: str, accumulate: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("family", ["PCNN", "MCN", "converted"])
+@pytest.mark.parametrize("family", ["PCNN", "MCN", "converted", "plan"])
 def test_two_processes_follow_one_over_the_switch(tmp_path, family, accumulate):
     results = {}
     for processes in (1, 2):

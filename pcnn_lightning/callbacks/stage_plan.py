@@ -186,7 +186,8 @@ class StagePlan(Callback):
         if self.monitor not in trainer.callback_metrics:
             name, known = type(self).__name__, ", ".join(sorted(trainer.callback_metrics))
             raise InputError(f"{name} cannot watch {self.monitor}, which is not logged; there is {known}")
-        value = float(trainer.callback_metrics[self.monitor])
+        # That of the first process, so that all of them decide alike.
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         if value > self.best:
             self.best, self.validations_since_best = value, 0
         else:
