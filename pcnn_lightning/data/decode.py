@@ -5,13 +5,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import decode_jpeg
 
 from pcnn_lightning.data.sources import Source
 from pcnn_lightning.errors import InputError
@@ -19,6 +20,8 @@ from pcnn_lightning.errors import InputError
 LOOKED_AT = 1000
 """Number of files whose headers are read to tell what images there are; those of all of ImageNet would take minutes."""
 
+_JPEG = b"\xff\xd8\xff"
+"""How a JPEG begins."""
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 
@@ -42,18 +45,19 @@ def decode(source: Source, index: int, grayscale: bool = False) -> Tensor:
 
 
 def _decode(source: Source, index: int, grayscale: bool) -> Tensor:
-    with source.open(index) as file, _open(file) as image:
-        if (image.format, image.mode) == ("JPEG", "RGB") and not grayscale:
-            file.seek(0)
+    with source.open(index) as file:
+        is_jpeg = file.read(len(_JPEG)) == _JPEG
+        file.seek(0)
+        if is_jpeg and not grayscale:
             content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            try:
+            with suppress(RuntimeError):  # Pillow says what is wrong
                 # The pixels of Pillow in half the time: it decodes to four bytes a pixel and copies them twice.
-                pixels: Tensor = decode_jpeg(content, ImageReadMode.RGB)
-                return pixels
-            except RuntimeError:  # Pillow says what is wrong
-                file.seek(0)
-                return _pixels(_open(file), grayscale)
-        return _pixels(image, grayscale)
+                pixels: Tensor = decode_jpeg(content)
+                if len(pixels) == 3:
+                    return pixels
+            file.seek(0)
+        with _open(file) as image:
+            return _pixels(image, grayscale)
 
 
 def _pixels(image: Image.Image, grayscale: bool) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pcnn_lightning.data.base import Split
 from pcnn_lightning.data.memory import amount
-from pcnn_lightning.data.tars import cached, stamp_of, work_on
+from pcnn_lightning.data.tars import places, stamp_of, work_on, writable
 from pcnn_lightning.data.webdataset import CLASSES, WebDataset
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import replacing
@@ -92,7 +92,9 @@ class ParquetImages(WebDataset):
     def _copy_of(self, file: str) -> Path:
         """The tar of a file as it is now, and of these columns."""
         made_of = (*stamp_of(file).values(), self.image_column, self.label_column)
-        return cached(file, f".{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}.tar", self.cache_dir)
+        digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
+        paths = places(file, f".{digest}.tar", self.cache_dir)
+        return next((path for path in paths if path.is_file()), writable(paths))
 
 
 def _check_space(copies: dict[str, Path]) -> None:

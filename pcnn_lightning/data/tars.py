@@ -13,6 +13,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
@@ -218,33 +219,34 @@ def stamp_of(file: str) -> dict[str, str]:
     return {"format": FORMAT, "size": str(status.st_size), "modified": str(status.st_mtime_ns)}
 
 
-def cached(file: str, ending: str, cache_dir: Path | None) -> Path:
-    """Where to keep what is made of a file: beside it, or in a folder of one's own if that is read-only.
+def places(file: str, ending: str, cache_dir: Path | None) -> list[Path]:
+    """Where what is made of a file may be: beside it, or in a folder of one's own.
 
     Args:
         file: path of the file.
         ending: what to append to its name.
-        cache_dir: folder to use instead.
+        cache_dir: the only folder for it.
     """
     beside = Path(f"{file}{ending}")
-    if cache_dir is None and (beside.is_file() or os.access(beside.parent, os.W_OK)):
-        return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pcnn_lightning"
     place = hashlib.sha256(os.fsencode(os.path.abspath(beside.parent))).hexdigest()[:12]  # noqa: PTH100
-    return (cache_dir or home) / place / beside.name
+    elsewhere = (cache_dir or home) / place / beside.name
+    return [beside, elsewhere] if cache_dir is None else [elsewhere]
+
+
+def writable(paths: Sequence[Path]) -> Path:
+    """Return the first of the paths whose folder is writable, or else the last one."""
+    return next((path for path in paths if os.access(path.parent, os.W_OK)), paths[-1])
 
 
 def _read_index(tar: str, cache_dir: Path | None) -> Index | None:
     """Read the index of a tar, or return None if there is none of the tar as it is now."""
-    path = cached(tar, ".index", cache_dir)
-    try:
-        with safe_open(path, "numpy") as file:
-            if {key: (file.metadata() or {}).get(key) for key in stamp_of(tar)} != stamp_of(tar):
-                return None
-            labels, offsets, sizes, names = (file.get_tensor(name) for name in _ARRAYS)
-            return Index(labels, offsets, sizes, names.view(f"S{names.shape[1]}")[:, 0])
-    except (OSError, SafetensorError):
-        return None
+    for path in places(tar, ".index", cache_dir):
+        with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+            if {key: (file.metadata() or {}).get(key) for key in stamp_of(tar)} == stamp_of(tar):
+                labels, offsets, sizes, names = (file.get_tensor(name) for name in _ARRAYS)
+                return Index(labels, offsets, sizes, names.view(f"S{names.shape[1]}")[:, 0])
+    return None
 
 
 def _write_index(tar: str, cache_dir: Path | None) -> str | None:
@@ -254,7 +256,7 @@ def _write_index(tar: str, cache_dir: Path | None) -> str | None:
         labels, offsets, sizes, names = scan(tar)
         rows = names[:, None].view(np.uint8)  # of bytes, since the format has no strings
         arrays: dict[str, NDArray[Any]] = dict(zip(_ARRAYS, (labels, offsets, sizes, rows), strict=True))
-        write_whole(cached(tar, ".index", cache_dir), save(arrays, stamp))
+        write_whole(writable(places(tar, ".index", cache_dir)), save(arrays, stamp))
     except InputError as error:
         return str(error)
     return None
