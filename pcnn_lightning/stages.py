@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pcnn_lightning.checks import check_bool, check_choice, check_number, check_positive
+from pcnn_lightning.checks import check_choice, check_given, check_number, check_positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 Schedule = Literal["constant", "multistep", "cosine", "exponential"]
 """How a learning rate changes over a stage."""
-Kind = Literal["full_precision", "real", "ternary", "binary"]
-STAGES: dict[Kind, int] = {"full_precision": 0, "real": 1, "ternary": 2, "binary": 3}
+STAGES = {"full_precision": 0, "real": 1, "ternary": 2, "binary": 3}
 """Kinds of stages, with the number that each one has in the logs.
 
 ``full_precision`` has ordinary convolutions; in ``real``, 1-bit layers convolve with unquantized kernels.
 """
-ENTERING = "entering_"
+ENTERING = "to_"
 """Prefix of the name of a stage that only some of the layers have entered."""
 
 
@@ -57,13 +56,12 @@ class Stage:
         weight_decay: weight decay of what is learned at η₁.
         kernel_weight_decay: weight decay of the latent kernels of 1-bit layers.
         projection_weight_decay: weight decay of the second parameters.
-        name: what logs and files call it; a plan names its stages after their kind: ``binary``, ``binary_2``.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
     """
 
-    stage: Kind
+    stage: Literal["real", "ternary", "binary"]
     epochs: float | None = None
     activations: Literal["real", "sign"] | None = None
     layer_by_layer: float = 0.0
@@ -84,17 +82,20 @@ class Stage:
     weight_decay: float | None = None
     kernel_weight_decay: float | None = None
     projection_weight_decay: float | None = None
-    name: str = ""
 
     def __post_init__(self) -> None:
-        check_choice("stage", self.stage, tuple(STAGES))
+        check_given(type(self).__init__, vars(self))
+        check_choice("stage", self.stage, ("real", "ternary", "binary"))
         if self.epochs is not None:
             check_length("epochs", self.epochs)
         if self.activations is not None:
             check_choice("activations", self.activations, ("real", "sign"))
         check_number("layer_by_layer", self.layer_by_layer, 0, below=1)
-        if self.reinit_projection is not None:
-            check_bool("reinit_projection", self.reinit_projection)
+        if self.reinit_projection and self.layer_by_layer:
+            raise ValueError(
+                "reinit_projection must be false with layer_by_layer, since layers that are still real convolve "
+                f"with W, but got {self.reinit_projection}"
+            )
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -112,24 +113,24 @@ class Stage:
         """
         if self.layer_by_layer == 0:
             return count
-        steps = max(1, round(self.layer_by_layer * epochs)) + 1  # the last of which completes it
+        steps = min(max(1, round(self.layer_by_layer * epochs)) + 1, epochs)  # the last of which completes it
         return min(count, math.ceil(count * (epoch + 1) / steps))
 
 
-_OF_A_STAGE = ("stage", "epochs", "activations", "layer_by_layer", "reinit_projection", "name")
+_OF_A_STAGE = ("stage", "epochs", "activations", "layer_by_layer", "reinit_projection")
 
 
-def named(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages of a plan, each with a name of its own: its kind, with a number from the second on."""
+def named(stages: Sequence[Stage]) -> dict[str, Stage]:
+    """The stages of a plan by name: their kind, with a number from the second on."""
     kinds = [stage.stage for stage in stages]
     counts = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
     names = [kind if count == 1 else f"{kind}_{count}" for kind, count in zip(kinds, counts, strict=True)]
-    return tuple(dataclasses.replace(stage, name=name) for stage, name in zip(stages, names, strict=True))
+    return dict(zip(names, stages, strict=True))
 
 
 def is_stage_name(name: str) -> bool:
-    """Whether ``name`` may be that of a stage, such as ``binary``, ``binary_2`` or ``entering_binary``."""
-    return re.fullmatch(rf"({ENTERING})?({'|'.join(STAGES)})(_[1-9]\d*)?", name) is not None
+    """Whether ``name`` may be that of a stage, such as ``binary`` or ``binary_2``."""
+    return re.fullmatch(r"full_precision|(real|ternary|binary)(_[1-9]\d*)?", name) is not None
 
 
 def check_length(name: str, epochs: float) -> None:
@@ -145,18 +146,26 @@ class StagedModule(Protocol):
     The module owns the stage: it saves and restores it, and tells its layers. A callback decides only when it changes.
     """
 
-    plan: tuple[Stage, ...]
-    """The stages of the run, which a callback sets before training; empty if there is only one."""
-    stage: Kind
-    """The kind of the current stage, a key of :data:`STAGES`."""
+    next_plan: dict[str, Stage]
+    """The stages of the run by name, for a callback to set in its ``setup``."""
+    plan: dict[str, Stage]
+    """The stages of the run by name; empty if it has no plan."""
     stage_start: int
     """Epoch in which the stage began."""
     stage_end: int | None
     """Epoch in which the stage is planned to end, over which learning rates are laid; None: with the run."""
 
     @property
+    def stage(self) -> str:
+        """The kind of the current stage, a key of :data:`STAGES`."""
+
+    @property
     def stage_name(self) -> str:
-        """What logs and files call the current stage, such as ``binary_2``, or ``entering_binary``."""
+        """What logs and files call the current stage: ``binary_2``, or ``to_binary`` while layers enter it."""
+
+    @property
+    def has_entered(self) -> bool:
+        """Whether all layers are in the current stage."""
 
     @property
     def trained_stages(self) -> tuple[str, ...]:
@@ -182,14 +191,14 @@ class StagedModule(Protocol):
     def learning_rates(self) -> Mapping[str, float]:
         """η₁ and, if there is one, η₂, by the groups of parameters that are learned at them."""
 
-    def check_stage(self, stage: Stage) -> None:
+    def check_stage(self, name: str, stage: Stage) -> None:
         """Require that the network can be trained in ``stage``."""
 
-    def take_stage(self, stage: Stage) -> None:
-        """Train in ``stage`` from now on."""
+    def take_stage(self, name: str, stage: Stage) -> None:
+        """Train in ``stage`` from now on, which logs and files call by its name."""
 
-    def begin_stage(self, stage: Stage, epoch: int) -> None:
-        """Go to ``stage`` at the start of ``epoch``: schedules and the optimizer's state begin anew."""
+    def begin_stage(self, name: str, epoch: int) -> None:
+        """Go to a stage of the plan at the start of ``epoch``: schedules and the optimizer's state begin anew."""
 
     def enter_layers(self, count: int) -> None:
         """Let the first ``count`` 1-bit layers be in the current stage, and the others in the one before."""

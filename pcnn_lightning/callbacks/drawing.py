@@ -170,19 +170,24 @@ def stage_of(module: nn.Module) -> str:
 
 
 def mark_stages(axes: Axes, places: Sequence[float], stages: Sequence[str], labels: bool = True) -> None:
-    """Mark each change of stage by a vertical line halfway between two places, labeled with both stages."""
-    for (start, before), (end, after) in pairwise(zip(places, stages, strict=True)):
-        if before != after:
-            place = (start + end) / 2
-            axes.axvline(place, color="0.4", linewidth=1, linestyle=":")
-            for stage, side, offset in ((before, "right", -4), (after, "left", 4)) if labels else ():
-                axes.annotate(
-                    stage,
-                    (place, 1),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(offset, -4),
-                    textcoords="offset points",
-                    ha=side,
-                    va="top",
-                    color="0.3",
-                )
+    """Mark each change of stage by a vertical line halfway between two places, and name the stages.
+
+    The names of two stages stand on both sides of the line; those of more, upright, where each of them begins.
+    """
+    changes = [
+        ((start + end) / 2, before, after)
+        for (start, before), (end, after) in pairwise(zip(places, stages, strict=True))
+        if before != after
+    ]
+    for place, _, _ in changes:
+        axes.axvline(place, color="0.4", linewidth=1, linestyle=":")
+    if not labels or not changes:
+        return
+    begin: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "color": "0.3"}
+    if len(changes) == 1:
+        ((place, before, after),) = changes
+        axes.annotate(before, (place, 1), xytext=(-4, -4), ha="right", **begin)
+        axes.annotate(after, (place, 1), xytext=(4, -4), ha="left", **begin)
+        return
+    for place, name in [(places[0], stages[0]), *((place, after) for place, _, after in changes)]:
+        axes.annotate(name, (place, 1), xytext=(2, -4), ha="left", rotation=90, fontsize="small", **begin)

@@ -8,11 +8,12 @@ from torch.optim import Optimizer
 class GradientNorms(Callback):
     """Log the gradient norms and learning rates of an update.
 
-    ``gradient_norm/<group>`` is the Euclidean norm over a group of parameters: ``kernels``, learned at η₁, or the
-    second parameters, learned at η₂ (such as ``projections`` of PCNN or ``modulations`` of MCN). Gradients are
-    accumulated, averaged over processes and unscaled, but not yet clipped. In PCNN with η > 0 over several
-    micro-batches or processes, they do not yet include the term quadratic in η. ``lr/<group>`` belongs to the same
-    update; the module logs it at the end of every epoch.
+    ``gradient_norm/<group>`` is the Euclidean norm over a group of parameters: the latent ``kernels`` and the
+    ``others``, learned at η₁, or the second parameters, learned at η₂ (such as ``projections`` of PCNN or
+    ``modulations`` of MCN). Gradients are accumulated, averaged over processes and unscaled, but not yet clipped. In
+    PCNN with η > 0 over several micro-batches or processes, they do not yet include the term quadratic in η.
+    ``lr/kernels``, η₁, and that of the second parameters, η₂, belong to the same update; the module logs them at the
+    end of every epoch.
 
     Only every ``trainer.log_every_n_steps``-th update is measured, since reading a value synchronizes with the device.
     """
@@ -31,7 +32,8 @@ class GradientNorms(Callback):
             return
         norms = torch.stack([norm for norm, _ in groups.values()]).tolist()  # synchronizes with the device once
         values = {f"gradient_norm/{name}": norm for name, norm in zip(groups, norms, strict=True)}
-        values |= {f"lr/{name}": float(rate) for name, (_, rate) in groups.items()}
+        rates = getattr(pl_module, "learning_rates", groups)  # once, where several groups share one
+        values |= {f"lr/{name}": float(rate) for name, (_, rate) in groups.items() if name in rates}
         for logger in trainer.loggers:
             # Not pl_module.log, which chooses the batches it logs at, not those that end an update.
             logger.log_metrics(values, step=trainer.fit_loop.total_batch_idx)

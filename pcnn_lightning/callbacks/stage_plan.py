@@ -1,5 +1,6 @@
 """Training through a plan of stages."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.errors import InputError
-from pcnn_lightning.stages import ENTERING, STAGES, Stage, StagedModule, check_length, named
+from pcnn_lightning.stages import ENTERING, Stage, StagedModule, check_length, named
 
 
 class StagePlan(Callback):
@@ -20,7 +21,7 @@ class StagePlan(Callback):
     see :class:`Stage`. The same stage may come again, as a warm restart. At a boundary, the latent weights are kept,
     the optimizer begins anew, learning rate schedules restart, and the best metric is reset, so that the best
     checkpoint of the run is one of its last stage. Stages are called after their kind; the second binary one is
-    ``binary_2``. While the layers enter a stage one after the other, it is called ``entering_binary``, and has a best
+    ``binary_2``. While the layers enter a stage one after the other, it is called ``to_binary``, and has a best
     checkpoint of its own.
 
     The module owns the stage, and saves and restores it; this callback only decides when it ends. A full-precision twin
@@ -38,6 +39,9 @@ class StagePlan(Callback):
             run.
     """
 
+    may_end_early = False
+    """Whether a run may end before the last stage: it then warns."""
+
     def __init__(self, stages: list[Stage], patience: int | None = None, monitor: str = "val/accuracy") -> None:
         super().__init__()
         if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
@@ -47,21 +51,19 @@ class StagePlan(Callback):
         if not isinstance(monitor, str):
             raise ValueError(f"monitor must be the name of a metric, but got {monitor!r}")
         self.stages = named(stages)
-        for stage in self.stages[:-1]:
-            if stage.epochs is None:
-                raise ValueError(f"stage {stage.name} must have epochs, since only the last one may take the rest")
-        shares = [stage.epochs for stage in self.stages if stage.epochs is not None and stage.epochs < 1]
-        if sum(shares) > 1 + 1e-9:
-            raise ValueError(f"epochs: the shares of the stages must add up to at most 1, but are {sum(shares):g}")
+        self.names = list(self.stages)
+        for name in self.names[:-1]:
+            if self.stages[name].epochs is None:
+                raise ValueError(f"stage {name} must have epochs, since only the last one may take the rest")
+        shares = sum(one.epochs for one in self.stages.values() if one.epochs is not None and one.epochs < 1)
+        if shares > 1 + 1e-9 or (shares > 1 - 1e-9 and self.stages[self.names[-1]].epochs is None):
+            raise ValueError(
+                f"epochs: the shares of the stages leave nothing for all of them: they add up to {shares:g}"
+            )
         self.patience, self.monitor = patience, monitor
         self.best = float("-inf")
         self.validations_since_best = 0
         self._is_announced = False  # that the run ends before the last stage
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the stages, in their order."""
-        return [stage.name for stage in self.stages]
 
     def concerns(self, module: StagedModule) -> bool:
         """Whether the module has stages to go through: a full-precision network has not."""
@@ -69,23 +71,25 @@ class StagePlan(Callback):
 
     def begin_run(self, module: StagedModule) -> None:
         """Put a new run into its first stage."""
-        first = self.stages[0]
-        if first.layer_by_layer:  # from a real network
-            module.take_stage(Stage("real", activations="real"))
-        module.take_stage(first)
+        name = self.names[0]
+        if self.stages[name].layer_by_layer:  # from a real network
+            module.take_stage("real", Stage("real", activations="real"))
+        module.take_stage(name, self.stages[name])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         module = cast(StagedModule, pl_module)
-        module.plan = self.stages if self.concerns(module) else ()
-        if not module.plan:
+        if sum(isinstance(callback, StagePlan) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise InputError("a run can have one StagePlan or StageSwitch only, but has several")
+        if not self.concerns(module):
             return
         try:
-            for one in self.stages:
-                module.check_stage(one)
+            for name, one in self.stages.items():
+                module.check_stage(name, one)
         except ValueError as error:
             raise InputError(str(error)) from None
+        module.next_plan = self.stages
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self.begin_run(module)
 
@@ -96,11 +100,8 @@ class StagePlan(Callback):
             kinds = ", ".join(module.trained_stages)
             rank_zero_info(f"{name} has nothing to do: {type(module).__name__} has only the stages {kinds}")
             return
-        for term, one in module.terms.items():
-            if isinstance(one.start, str) and one.start not in self.names and one.start in STAGES:
-                raise InputError(f"{term} must begin in a stage of {', '.join(self.names)}, but got {one.start}")
         epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
-        if epochs < 0 and any(stage.epochs is not None and stage.epochs < 1 for stage in self.stages):
+        if epochs < 0 and any(one.epochs is not None and one.epochs < 1 for one in self.stages.values()):
             raise InputError(f"{name} with shares of the run needs trainer.max_epochs to be set")
         self.first_epochs, end = self._boundaries(epochs)
         if end is not None and end != epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -108,7 +109,11 @@ class StagePlan(Callback):
                 f"the stages of {name} end at epoch {end}, but trainer.max_epochs is {epochs}: "
                 "change one of them, or leave out the epochs of the last stage"
             )
-        if self.stages[-1].layer_by_layer and epochs < 0:
+        if epochs >= 0 and self.first_epochs[-1] >= epochs and not (self.may_end_early or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            raise InputError(
+                f"stage {self.names[-1]} begins at epoch {self.first_epochs[-1]}, but trainer.max_epochs is {epochs}"
+            )
+        if self.stages[self.names[-1]].layer_by_layer and epochs < 0:
             raise InputError(f"stage {self.names[-1]}: layer_by_layer needs trainer.max_epochs to be set")
         index = self._index(module)
         module.stage_end = self._end(index)
@@ -118,7 +123,7 @@ class StagePlan(Callback):
     def _boundaries(self, epochs: int) -> tuple[list[int], int | None]:
         """The first epoch of each stage, and that after the last one; None if it takes the rest of the run."""
         ends, exact = [0], 0.0
-        for stage in self.stages:
+        for stage in self.stages.values():
             if stage.epochs is None:
                 return ends, None
             exact += stage.epochs * epochs if stage.epochs < 1 else stage.epochs
@@ -133,6 +138,8 @@ class StagePlan(Callback):
 
     def _announce(self, trainer: Trainer, module: StagedModule, epochs: int) -> bool:
         """Warn if the run is to end before the last stage."""
+        if math.isinf(trainer.num_training_batches):
+            return False
         updates = -(-trainer.num_training_batches // module.hparams.get("accumulate", 1))
         trained = len(self.stages)
         if epochs >= 0:
@@ -161,7 +168,7 @@ class StagePlan(Callback):
         if self.patience is not None and self.validations_since_best >= self.patience:
             reached = max(reached, min(index + 1, len(self.stages) - 1))
         if reached > index:
-            module.begin_stage(self.stages[reached], epoch)
+            module.begin_stage(self.names[reached], epoch)
             module.stage_end = self._end(reached)
             self.best, self.validations_since_best = float("-inf"), 0
             forget_best(trainer)
@@ -169,9 +176,9 @@ class StagePlan(Callback):
 
     def _enter_layers(self, trainer: Trainer, module: StagedModule) -> None:
         """Let as many layers enter the stage as its epoch says."""
-        stage, count = self.stages[self._index(module)], len(module.one_bit_layers)
-        if not str(module.stage_name).startswith(ENTERING):
+        if module.has_entered:
             return
+        stage, count = self.stages[self.names[self._index(module)]], len(module.one_bit_layers)
         start, end = int(module.stage_start), module.stage_end or trainer.max_epochs
         entered = stage.layers_entered(count, trainer.current_epoch - start, end - start)  # type: ignore[operator]
         module.enter_layers(entered)
@@ -200,6 +207,8 @@ class StagePlan(Callback):
         if (index := self._index(module)) < len(self.stages) - 1:
             name, first = self.names[index + 1], self.first_epochs[index + 1]
             rank_zero_warn(f"the run has ended before stage {name} at epoch {first}: it is {module.stage_name}")
+        elif not module.has_entered:
+            rank_zero_warn(f"the run has ended before all layers have entered stage {module.stage}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "validations_since_best": self.validations_since_best}
@@ -224,6 +233,8 @@ class StageSwitch(StagePlan):
         ValueError: if ``epoch`` or ``patience`` is not positive.
         InputError: when training starts, if the model is binary from the first epoch, or a share has no ``max_epochs``.
     """
+
+    may_end_early = True
 
     def __init__(self, epoch: float, patience: int | None = None, monitor: str = "val/accuracy") -> None:
         check_length("epoch", epoch)

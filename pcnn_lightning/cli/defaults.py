@@ -67,7 +67,8 @@ def trainer_arguments(run: Namespace) -> dict[str, Any]:
     if run["stage_switch"] is not None and run["stage_plan"] is not None:
         raise InputError("stage_switch and stage_plan are two plans of one run: set one of them to null")
     for name, callback in {**OPTIONAL, **DEFAULTS}.items():
-        wanted = run[name] is not None and not any(isinstance(one, callback) for one in callbacks)
+        given = any(type(one) is callback if name in OPTIONAL else isinstance(one, callback) for one in callbacks)
+        wanted = run[name] is not None and not given
         if wanted and (name != "checkpoint" or arguments["enable_checkpointing"] is not False):
             callbacks.append(run[name])
     if arguments["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):

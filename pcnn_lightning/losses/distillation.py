@@ -26,6 +26,7 @@ class Distillation(LossTerm):
     Args:
         weight: w.
         temperature: T; higher ones show more of how the teacher ranks the wrong classes.
+        start: the first epoch, or the first stage, in which it is part of the loss.
 
     Raises:
         ValueError: names the argument that is wrong, its value and what is allowed.
@@ -41,8 +42,8 @@ class Distillation(LossTerm):
     in_evaluation = False
     training_only = True
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, start: int | str = 0) -> None:
+        super().__init__(start)
         check_number("weight", weight, 0)
         check_positive("temperature", temperature)
         self.weight, self.temperature = weight, temperature

@@ -1,6 +1,5 @@
 """The training loop of every family of 1-bit classifiers."""
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -49,7 +48,7 @@ from pcnn_lightning.modules.run_state import (
     save_run,
 )
 from pcnn_lightning.modules.teacher import Teacher, load_teacher
-from pcnn_lightning.stages import ENTERING, STAGES, Kind, Schedule, Stage, is_stage_name
+from pcnn_lightning.stages import ENTERING, STAGES, Schedule, Stage, is_stage_name
 
 
 class OneBitClassifier(LightningModule):
@@ -102,6 +101,7 @@ class OneBitClassifier(LightningModule):
             pretrained weights, such as ``torchvision/resnet18``; or a function of your own, such as
             ``my_package.build``, that makes it from ``num_classes`` and ``in_channels``.
         distill_loss_weight: weight of the cross-entropy with the teacher's predictions, in training only.
+        distill_loss_start: the first epoch or stage with it, as of the center loss.
         task_loss_weight: weight of the cross-entropy with the labels beside a teacher, in training only.
         temperature: T, by which the logits of both are divided; the loss is multiplied by T².
         init_from: a checkpoint whose network a new run starts from; its stage is ignored.
@@ -116,6 +116,7 @@ class OneBitClassifier(LightningModule):
         plan: the stages of the run, as a callback has planned them.
         stage: the current stage, a key of ``pcnn_lightning.stages.STAGES``.
         stage_name: what logs and files call it.
+        entered: number of 1-bit layers that are in the current stage.
         planes: J or K, channels per feature map.
         block: options of the blocks that are on, of ``pcnn_lightning.backbones.BLOCK_OPTIONS``.
 
@@ -161,6 +162,7 @@ class OneBitClassifier(LightningModule):
         center_loss_start: int | str = 0,
         teacher: str | None = None,
         distill_loss_weight: float = 1.0,
+        distill_loss_start: int | str = 0,
         task_loss_weight: float = 1.0,
         temperature: float = 1.0,
         init_from: str | None = None,
@@ -180,12 +182,11 @@ class OneBitClassifier(LightningModule):
             check_positive("gradient_clip", gradient_clip)
         check_choice("optimizer", optimizer, ("sgd", "adam"))
         check_number("momentum", momentum, 0, below=1)
-        is_name = isinstance(center_loss_start, str) and is_stage_name(center_loss_start)
-        if not is_name and (type(center_loss_start) is not int or center_loss_start < 0):
-            raise ValueError(f"center_loss_start must be an epoch or a stage, but got {center_loss_start!r}")
+        check_start("center_loss_start", center_loss_start)
+        check_start("distill_loss_start", distill_loss_start)
         check_number("distill_loss_weight", distill_loss_weight, 0)
         check_number("task_loss_weight", task_loss_weight, 0)
-        distillation = Distillation(distill_loss_weight, temperature)
+        distillation = Distillation(distill_loss_weight, temperature, distill_loss_start)
         if teacher is not None and distill_loss_weight == task_loss_weight == 0:
             raise ValueError("distill_loss_weight or task_loss_weight must be positive, but both are 0")
         self.groups = self.group_settings(self.hparams)
@@ -197,10 +198,10 @@ class OneBitClassifier(LightningModule):
             self.add_term("distill_loss", distillation)
         self._teacher: Teacher | None = None  # loaded when training starts
         self.val_accuracies, self.test_accuracies = accuracies(num_classes), accuracies(num_classes)
-        self.plan: tuple[Stage, ...] = ()
-        self._current = Stage("full_precision")
-        self.stage: Kind = "full_precision"
-        self.stage_name: str = self.stage
+        self.next_plan: dict[str, Stage] = {}
+        self.plan: dict[str, Stage] = {}
+        self._stage: Stage | None = None  # of a network in full precision
+        self._name, self.entered = "", 0
         self.stage_start = 0
         self.stage_end: int | None = None
         self.divergence = DivergenceWatch()
@@ -263,8 +264,8 @@ class OneBitClassifier(LightningModule):
             raise ValueError(f"center_loss_{error}") from None  # the name that its argument has here
         if center_loss.weight > 0:
             self.add_term("center_loss", center_loss)
-        self._current = Stage(cast(Kind, layers[0].stage if layers else "full_precision"))
-        self.stage = self.stage_name = self._current.stage
+        if layers:
+            self.set_stage(layers[0].stage)
 
     def add_term(self, name: str, term: LossTerm) -> None:
         """Add a term to the loss, which is logged as ``train/<name>`` and ``val/<name>``.
@@ -309,24 +310,41 @@ class OneBitClassifier(LightningModule):
         return [module for module in self.net.modules() if isinstance(module, SignActivation)]
 
     @property
+    def stage(self) -> str:
+        """The kind of the current stage, a key of ``pcnn_lightning.stages.STAGES``."""
+        return "full_precision" if self._stage is None else self._stage.stage
+
+    @property
+    def stage_name(self) -> str:
+        """What logs and files call the current stage: ``binary_2``, or ``to_binary`` while layers enter it."""
+        if self._stage is None:
+            return self.stage
+        return self._name if self.has_entered else f"{ENTERING}{self._name}"
+
+    @property
+    def has_entered(self) -> bool:
+        """Whether all layers are in the current stage."""
+        return self.entered >= len(self.one_bit_layers)
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """Hyperparameters, as the current stage of the plan overrides them."""
-        planned = {stage.name: stage for stage in self.plan}.get(self.stage_name.removeprefix(ENTERING))
-        return {**self.hparams, **(planned.overrides if planned is not None else {})}
+        """Hyperparameters, as the current stage overrides them."""
+        return {**self.hparams, **({} if self._stage is None else self._stage.overrides)}
 
     def set_stage(self, stage: str) -> None:
-        """Put every layer into ``stage``."""
+        """Put every layer into ``stage``, and its activations as the model has them."""
         if stage not in self.trained_stages:
             raise ValueError(f"stage must be one of {', '.join(self.trained_stages)}, but got {stage!r}")
-        self.take_stage(Stage(cast(Kind, stage)))
+        if stage != "full_precision":
+            self.take_stage(stage, Stage(cast(Any, stage)))
 
-    def check_stage(self, stage: Stage) -> None:
+    def check_stage(self, name: str, stage: Stage) -> None:
         """Require that the network can be trained in ``stage``, with the arguments that it overrides.
 
         Raises:
             ValueError: names the stage, and what is allowed.
         """
-        name, family = stage.name or stage.stage, type(self).__name__
+        family = type(self).__name__
         if stage.stage not in self.trained_stages:
             raise ValueError(f"stage must be one of {', '.join(self.trained_stages)} for {family}, but got {name}")
         if stage.activations == "sign" and not self.sign_activations:
@@ -341,26 +359,29 @@ class OneBitClassifier(LightningModule):
         except ValueError as error:
             raise ValueError(f"stage {name}: {error}") from None
 
-    def take_stage(self, stage: Stage) -> None:
+    def take_stage(self, name: str, stage: Stage) -> None:
         """Train in ``stage`` from now on; with ``layer_by_layer``, the layers enter it by :meth:`enter_layers`."""
-        self._current = stage
-        self.enter_layers(0 if stage.layer_by_layer else len(self.one_bit_layers))
+        self._name, self._stage, self.entered = name, stage, 0
+        if not stage.layer_by_layer:
+            self.enter_layers(len(self.one_bit_layers))
 
     def enter_layers(self, count: int) -> None:
         """Put the first ``count`` 1-bit layers, with the activations in front of them, into the current stage."""
+        assert self._stage is not None
+        if count <= self.entered:
+            return
+        self.entered = count
         layers, activations = list(self.one_bit_layers.values()), self.sign_activations
-        name = self._current.name or self._current.stage
-        self.stage, self.stage_name = self._current.stage, name if count >= len(layers) else f"{ENTERING}{name}"
         for layer in layers[:count]:
-            layer.set_stage(self._current.stage)
-        for activation in activations[: math.ceil(count / max(len(layers), 1) * len(activations))]:
-            activation.enabled = self._current.activations != "real"
-        if self.hparams["compile"] and self._current.layer_by_layer:
+            layer.set_stage(self._stage.stage)
+        for activation in activations[: -(-count * len(activations) // len(layers))]:
+            activation.enabled = self._stage.activations != "real"
+        if self.hparams["compile"] and self._stage.layer_by_layer:
             torch.compiler.reset()  # a network may only be compiled so often for changes of its layers
 
-    def begin_stage(self, stage: Stage, epoch: int) -> None:
-        """Go to ``stage`` at the start of ``epoch``: schedules and the optimizer's state begin anew."""
-        self.take_stage(stage)
+    def begin_stage(self, name: str, epoch: int) -> None:
+        """Go to a stage of the plan at the start of ``epoch``: schedules and the optimizer's state begin anew."""
+        self.take_stage(name, self.plan[name])
         self.stage_start, self.stage_end = epoch, None
         self.trainer.strategy.optimizers = [self.configure_optimizers()]
 
@@ -370,9 +391,16 @@ class OneBitClassifier(LightningModule):
         check_trainer(self.trainer)
         use_atomic_io(self.trainer)
         if stage == "fit":
+            self._take_plan()
             self.load_teacher()
             if self.hparams["class_weights"] == "balanced":
                 cast(CrossEntropy, self.terms["cross_entropy"]).balance(class_counts(self.trainer))
+
+    def _take_plan(self) -> None:
+        """Take the plan that a callback has made of this run; without one, nothing of an earlier plan is left."""
+        self.plan, self.next_plan, self.stage_end = self.next_plan, {}, None
+        if not self.plan and self._stage is not None:
+            self.take_stage(self.stage, Stage(cast(Any, self.stage), activations=self._stage.activations))
 
     def teardown(self, stage: str) -> None:
         self._teacher = None
@@ -394,19 +422,18 @@ class OneBitClassifier(LightningModule):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The groups of parameters, by their names in the logs.
 
-        ``kernels`` is all that is learned at η₁, or only the latent kernels of 1-bit layers if these have a weight
-        decay of their own; ``others`` is then the rest. The second parameters are learned at η₂.
+        ``kernels`` are the latent kernels of 1-bit layers, ``others`` everything else that is learned at η₁; a network
+        in full precision has only ``kernels``. The second parameters, such as ``projections``, are learned at η₂.
         """
         layers = list(self.one_bit_layers.values())
-        name = next((f"{one.second_parameter}s" for one in layers if one.second_parameter is not None), "")
-        second = [getattr(one, one.second_parameter) for one in layers if one.second_parameter is not None]
-        apart = self.settings["kernel_weight_decay"] is not None
-        kernels = {id(one.weight) for one in layers} if apart and layers else {id(one) for one in self.parameters()}
-        kernels -= {id(parameter) for parameter in second}
-        groups = {KERNELS: [one for one in self.parameters() if id(one) in kernels], name: second}
+        if not layers:
+            return {KERNELS: list(self.parameters())}
+        groups: dict[str, list[nn.Parameter]] = {KERNELS: [layer.weight for layer in layers]}
+        for layer in layers:
+            if layer.second_parameter is not None:
+                groups.setdefault(f"{layer.second_parameter}s", []).append(getattr(layer, layer.second_parameter))
         taken = {id(one) for group in groups.values() for one in group}
-        groups[OTHERS] = [one for one in self.parameters() if id(one) not in taken]
-        return {name: group for name, group in groups.items() if group}
+        return {**groups, OTHERS: [one for one in self.parameters() if id(one) not in taken]}
 
     def group_settings(self, settings: Mapping[str, Any]) -> dict[str, GroupSettings]:
         """Learning rate and weight decay of each kind of group.
@@ -419,9 +446,10 @@ class OneBitClassifier(LightningModule):
         """
         others = group_settings("eta1", settings["eta1"], settings, settings["weight_decay"])
         decay = settings["kernel_weight_decay"]
-        if decay is None:
+        if decay is None or settings["full_precision"]:
             return {KERNELS: others, OTHERS: others}
-        return {KERNELS: group_settings("eta1", settings["eta1"], settings, decay, "kernel_"), OTHERS: others}
+        check_number("kernel_weight_decay", decay, 0)
+        return {KERNELS: others._replace(weight_decay=decay), OTHERS: others}
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -455,6 +483,10 @@ class OneBitClassifier(LightningModule):
         self._terms.train()  # a network may be fine-tuned in evaluation mode, but not its loss
         self.stage_start = min(self.stage_start, self.current_epoch)  # a loaded network may begin a new run
         for name, term in self.terms.items():
+            known = self._stage is None or term.start in (self.plan or STAGES)
+            if isinstance(term.start, str) and not known:
+                stages = f"the stages are {', '.join(self.plan)}" if self.plan else "this run has no plan of stages"
+                raise InputError(f"{name} is to begin in stage {term.start}, but {stages}")
             if not self.has_begun(term) and self._never_begins(term):
                 rank_zero_warn(f"{name} takes no part: it begins at {term.start}, which this run does not reach")
         split_updates = self.hparams["accumulate"] > 1 or self.trainer.world_size > 1
@@ -517,9 +549,9 @@ class OneBitClassifier(LightningModule):
         """Whether a term takes part in the loss yet."""
         if isinstance(term.start, int):
             return self.current_epoch >= term.start
-        planned = [stage.name for stage in self.plan]
-        if term.start in planned:
-            return planned.index(self._current.name) >= planned.index(term.start)
+        names = list(self.plan)
+        if term.start in names and self._name in names:
+            return names.index(self._name) >= names.index(term.start)
         stages = self.trained_stages
         return term.start not in stages or stages.index(self.stage) >= stages.index(term.start)
 
@@ -665,7 +697,8 @@ class OneBitClassifier(LightningModule):
     def restore(self, saved: dict[str, Any]) -> None:
         """Restore the record of a run; see :func:`save_run`."""
         self.train_means.restore(saved["train_means"], self._trainer is None or self.global_rank == 0)
-        self.stage, self.stage_name, self._current = restored_stage(saved, self.plan)
+        self._name, self.entered = saved["stage_name"], saved["entered"]
+        self._stage = restored_stage(saved, self.plan)
         for layer, stage in zip(self.one_bit_layers.values(), saved["layer_stages"], strict=True):
             layer.set_stage(stage)
         for activation, enabled in zip(self.sign_activations, saved["sign_activations"], strict=True):
@@ -678,6 +711,13 @@ class OneBitClassifier(LightningModule):
         network = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
         check_same_tensors(self.net.state_dict(), network)
         self.net.load_state_dict(network)
+
+
+def check_start(name: str, start: Any) -> None:
+    """Require an epoch or the name of a stage."""
+    is_stage = isinstance(start, str) and is_stage_name(start)
+    if not is_stage and (type(start) is not int or start < 0):
+        raise ValueError(f"{name} must be an epoch or a stage, such as binary or binary_2, but got {start!r}")
 
 
 def plain_convolution(

@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from pcnn_lightning.errors import DivergedError
+from pcnn_lightning.stages import StagedModule
 
 
 class DivergenceWatch:
@@ -54,7 +56,8 @@ class DivergenceWatch:
         """
         if self._message is None:
             kept = last_checkpoint(module.trainer)
-            rates = [f"{name} (now {module.hparams[name]})" for name in ("eta1", "eta2") if name in module.hparams]
+            settings = cast(StagedModule, module).settings
+            rates = [f"{name} (now {settings[name]})" for name in ("eta1", "eta2") if name in settings]
             self._message = (
                 f"{what} (epoch {module.current_epoch}, {module.stage_name} stage). Lower {' or '.join(rates)}, "
                 f"or set gradient_clip. Last good checkpoint: {kept or 'none yet'}"

@@ -15,7 +15,7 @@ from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d
 from pcnn_lightning.modules.classifier import OneBitClassifier
 from pcnn_lightning.modules.conversion import is_external
-from pcnn_lightning.stages import ENTERING, Kind
+from pcnn_lightning.stages import Stage
 
 NAMES_LIMIT = 2000
 """Bytes that class names may take in a packed file; the rest of its header takes less than 1 kB."""
@@ -42,8 +42,9 @@ class PackedClassifier(OneBitClassifier):
         super().__init__(num_classes=description.num_classes, in_channels=description.in_channels)
         self.save_hyperparameters(logger=False)  # the other hyperparameters belong to a training that is not its own
         self.family, self.planes = description.family, description.planes
-        self.stage, self.stage_name = cast(Kind, description.stage), description.stage
         self.path, self.net = path, network
+        if description.stage != "full_precision":
+            self.take_stage(description.stage, Stage(cast(Any, description.stage)))
 
     def setup(self, stage: str) -> None:
         """Check that the data are of the kind that the network was trained on.
@@ -107,11 +108,12 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
     numbers.
 
     Raises:
-        InputError: if the data do not say what images they have, or not all layers have entered the model's stage.
+        InputError: if the data do not say what images they have, not all layers have entered the model's stage, or
+            its kernels are not of 1 bit.
     """
     if isinstance(model, PackedClassifier):
         return model.net.description
-    if model.stage_name.startswith(ENTERING):
+    if not model.has_entered:
         raise InputError(f"only some of the layers have entered stage {model.stage}: train on until all of them have")
     asked: dict[str, Any] = {name: getattr(data, name, None) for name in ("image_shape", "mean", "std")}
     for name, value in asked.items():
@@ -120,7 +122,10 @@ def describe(model: OneBitClassifier, data: LightningDataModule) -> Description:
     names = getattr(data, "classes", None)
     if len(json.dumps(json.dumps(names))) > NAMES_LIMIT:  # packed files hold JSON within JSON
         names = None
-    options = _layer_options(list(model.one_bit_layers.values()))
+    try:
+        options = _layer_options(list(model.one_bit_layers.values()))
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return Description(
         family=model.family,
         stage=model.stage,

@@ -11,7 +11,6 @@ from pcnn_lightning.functional import Normalization, ProjectionForward, SignGrad
 from pcnn_lightning.layers import ProjectionConv2d, SignActivation
 from pcnn_lightning.layers.projection import ProjectionInit
 from pcnn_lightning.modules.second_rate import TwoRateClassifier
-from pcnn_lightning.stages import Stage
 
 
 class PCNN(TwoRateClassifier):
@@ -32,7 +31,8 @@ class PCNN(TwoRateClassifier):
         projection_init: distribution of the initial W: ``normal``, ``signs``, ``near_one`` or ``ones``; None: normal
             with the full forward, near one with the mean.
         normalization: ``center`` or ``standardize`` each filter before it is projected, or ``none``.
-        reinit_projection: whether W is drawn again where a binary stage starts from ternary or real kernels.
+        reinit_projection: whether W is drawn again where a binary stage follows a ternary or real one, and where a
+            run starts from ``init_from``, unless with real kernels, of which W is a part.
         activation_gradient: ``clip`` or ``polynomial``: pseudo-gradient of the sign of activations.
 
     Raises:
@@ -72,11 +72,11 @@ class PCNN(TwoRateClassifier):
         # Drawn once per run and saved in checkpoints, so that a resumed run draws the same W at the switch.
         self.projection_seed = int(torch.randint(2**31, ()))
 
-    def begin_stage(self, stage: Stage, epoch: int) -> None:
-        is_first_binary = stage.stage == "binary" != self.stage
-        super().begin_stage(stage, epoch)
-        redraw = stage.reinit_projection
-        if (is_first_binary and self.hparams["reinit_projection"]) if redraw is None else redraw:
+    def begin_stage(self, name: str, epoch: int) -> None:
+        stage = self.plan[name]
+        becomes_binary = stage.stage == "binary" != self.stage and not stage.layer_by_layer
+        super().begin_stage(name, epoch)
+        if self._is_to_redraw(becomes_binary):
             self._redraw_projections()
 
     def on_train_start(self) -> None:
@@ -89,7 +89,7 @@ class PCNN(TwoRateClassifier):
 
     def start_from(self, path: str) -> None:
         super().start_from(path)
-        if self.hparams["reinit_projection"]:
+        if self._is_to_redraw(self.stage != "real"):
             self._redraw_projections()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -100,10 +100,16 @@ class PCNN(TwoRateClassifier):
         super().restore(saved)
         self.projection_seed = saved["projection_seed"]
 
+    def _is_to_redraw(self, by_default: bool) -> bool:
+        """Whether the current stage, or else the model, asks for a new W."""
+        asked = None if self._stage is None else self._stage.reinit_projection
+        return bool(self.hparams["reinit_projection"]) and by_default if asked is None else asked
+
     def _redraw_projections(self) -> None:
-        """Draw W again, from one seed in all processes."""
+        """Draw W again, from one seed in all processes and another one in each stage."""
         self.projection_seed = self.trainer.strategy.broadcast(self.projection_seed)
-        generator = torch.Generator().manual_seed(self.projection_seed)
+        index = list(self.plan).index(self._name) if self.plan else 0
+        generator = torch.Generator().manual_seed(self.projection_seed + index)
         for layer in self.one_bit_layers.values():
             if isinstance(layer, ProjectionConv2d):
                 layer.reset_projection(generator)

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from pcnn_lightning.checkpoints import check_same_tensors
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import SignActivation
 from pcnn_lightning.modules.metrics import EpochMeans
-from pcnn_lightning.stages import ENTERING, Kind, Stage, StagedModule
+from pcnn_lightning.stages import ENTERING, Stage, StagedModule
 
 Pending = dict[str, dict[str, Tensor]]
 """State of an unfinished update: gradients, and the state of each term and of each layer."""
@@ -27,6 +27,7 @@ class ResumableModule(StagedModule, Protocol):
 
     family: str
     train_means: EpochMeans
+    entered: int
 
     @property
     def sign_activations(self) -> Sequence[SignActivation]: ...
@@ -47,11 +48,13 @@ def save_run(module: ResumableModule) -> dict[str, Any]:
         "family": module.family,
         "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
         "stage": module.stage,
-        "stage_name": module.stage_name,
+        "stage_name": module.stage_name.removeprefix(ENTERING),
+        "entered": module.entered,
+        "overrides": {name: one for name, one in module.settings.items() if one != module.hparams.get(name)},
         "stage_start": module.stage_start,
         "layer_stages": [layer.stage for layer in module.one_bit_layers.values()],
         "sign_activations": [activation.enabled for activation in module.sign_activations],
-        "plan": [stage.name for stage in module.plan],
+        "plan": list(module.plan),
         "optimizer": module.settings["optimizer"],
         "train_means": module.train_means.sums(trainer.strategy),
         "log_dirs": [str(Path(folder).resolve()) for folder in folders if folder],
@@ -59,11 +62,10 @@ def save_run(module: ResumableModule) -> dict[str, Any]:
     }
 
 
-def restored_stage(saved: dict[str, Any], plan: Sequence[Stage]) -> tuple[Kind, str, Stage]:
-    """The kind and the name of a saved stage, and the stage of the ``plan`` that it is."""
-    name = saved["stage_name"]
-    of_plan = next((stage for stage in plan if stage.name == name.removeprefix(ENTERING)), None)
-    return saved["stage"], name, of_plan or Stage(saved["stage"], name=name.removeprefix(ENTERING))
+def restored_stage(saved: dict[str, Any], plan: Mapping[str, Stage]) -> Stage | None:
+    """The stage of a record: that of the ``plan``, if there is one of its name. None of a full-precision network."""
+    kind = saved["stage"]
+    return None if kind == "full_precision" else plan.get(saved["stage_name"]) or Stage(kind)
 
 
 def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool) -> None:
@@ -93,18 +95,19 @@ def check_run(module: ResumableModule, checkpoint: dict[str, Any], fitting: bool
     before, now = checkpoint["hyper_parameters"].get("accumulate"), module.hparams["accumulate"]
     if _is_within_epoch(checkpoint) and before != now:
         raise InputError(f"the checkpoint is within an epoch: accumulate must be {before}, but got {now}")
-    planned, name = saved.get("plan", []), str(saved.get("stage_name")).removeprefix(ENTERING)
-    if module.plan and name not in (names := [stage.name for stage in module.plan]):
+    planned, name = saved.get("plan", []), saved.get("stage_name")
+    if module.plan and name not in module.plan:
         raise InputError(
-            f"the checkpoint is in stage {name}, but the stages of this run are {', '.join(names)}: "
+            f"the checkpoint is in stage {name}, but the stages of this run are {', '.join(module.plan)}: "
             "give it the plan of its run again, or start a new run with init_from"
         )
-    if not module.plan and name in planned[:-1]:
+    if not module.plan and (name in planned[:-1] or saved.get("overrides")):
         raise InputError(
             f"the checkpoint is of a run that goes through the stages {', '.join(planned)}: give it its stage_switch "
             "or stage_plan again, or start a new run with init_from"
         )
-    wanted = {**module.hparams, **restored_stage(saved, module.plan)[2].overrides}["optimizer"]
+    stage = restored_stage(saved, module.plan)
+    wanted = {**module.hparams, **({} if stage is None else stage.overrides)}["optimizer"]
     if (optimizer := saved.get("optimizer")) != wanted:
         raise InputError(
             f"the checkpoint has the state of optimizer {optimizer}, which {wanted} cannot go on from: "

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny import Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
 
-from pcnn_lightning import BNN, LossCurves, StageCheckpoint, StagePlan
+from pcnn_lightning import BNN, LossCurves, StageCheckpoint, StagePlan, StageSwitch
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.stages import Stage
 
@@ -98,7 +98,7 @@ def test_layers_enter_one_after_the_other(first):
     model, before = tiny_bnn(), len(first)
     record = run(model, [*first, Stage("binary", layer_by_layer=0.5)], max_epochs=4 + before)
     of_stage = record.epochs[before:]
-    assert [epoch["stage"] for epoch in of_stage] == ["entering_binary"] * 2 + ["binary"] * 2
+    assert [epoch["stage"] for epoch in of_stage] == ["to_binary"] * 2 + ["binary"] * 2
     entered = [["binary"] * count + ["real"] * (3 - count) for count in (1, 2, 3, 3)]
     assert [epoch["layers"] for epoch in of_stage] == entered
     real_activations = not first  # those of a real network; after a stage, what it had
@@ -114,10 +114,10 @@ def test_the_number_of_layers_rises_to_all_of_them():
         for epochs in (1, 3, 10, 100):
             for count in (1, 3, 18):
                 stage = Stage("binary", layer_by_layer=share)
-                entered = [stage.layers_entered(count, epoch, epochs) for epoch in range(epochs + 1)]
+                entered = [stage.layers_entered(count, epoch, epochs) for epoch in range(epochs)]
                 assert entered == sorted(entered)
                 assert entered[0] >= 1
-                assert entered[max(1, round(share * epochs))] == count
+                assert entered[min(max(1, round(share * epochs)), epochs - 1)] == count
 
 
 def test_a_plateau_ends_a_stage_early_and_later_ends_stay():
@@ -161,8 +161,8 @@ def test_projections_are_drawn_again_where_a_stage_says_so():
 PLAN = [
     Stage("real", epochs=1, activations="real", **ADAM),
     Stage("ternary", epochs=1, kernel_weight_decay=0.0),
-    Stage("binary", epochs=2, layer_by_layer=0.5, reinit_projection=True),
-    Stage("binary", eta1=0.01),
+    Stage("binary", epochs=2, layer_by_layer=0.5),
+    Stage("binary", eta1=0.01, reinit_projection=True),
 ]
 
 
@@ -171,7 +171,8 @@ def one_run(folder, *more, seed=0, **arguments):
     model = tiny_pcnn(schedule="cosine", projection_loss_weight=1e-3, eta=0.1, accumulate=2)
     used = [StagePlan(PLAN), LossCurves(), StageCheckpoint(str(folder))]
     data = tiny_digits(crop_padding=1)
-    fit(model, data, max_epochs=5, callbacks=[*used, *more], enable_checkpointing=True, **arguments)
+    arguments |= {"max_epochs": 5, "enable_checkpointing": True, "default_root_dir": str(folder)}
+    fit(model, data, callbacks=[*used, *more], **arguments)
     return model, used[1].epochs, used[2].stages
 
 
@@ -220,7 +221,7 @@ def test_a_run_resumes_bit_equal_around_every_boundary(tmp_path, whole, batches)
         assert torch.equal(model.state_dict()[name], value), name
     assert curves == expected_curves
     assert stages == expected_stages
-    assert list(stages) == ["real", "ternary", "entering_binary", "binary", "binary_2"]
+    assert list(stages) == ["real", "ternary", "to_binary", "binary", "binary_2"]
 
 
 def test_checkpoints_know_their_stage_without_the_plan(tmp_path):
@@ -229,8 +230,8 @@ def test_checkpoints_know_their_stage_without_the_plan(tmp_path):
     real = BNN.load_from_checkpoint(tmp_path / "real.ckpt")
     assert (real.stage, real.stage_name) == ("real", "real")
     assert not any(activation.enabled for activation in real.sign_activations)
-    mixed = BNN.load_from_checkpoint(tmp_path / "entering_binary.ckpt")
-    assert (mixed.stage, mixed.stage_name) == ("binary", "entering_binary")
+    mixed = BNN.load_from_checkpoint(tmp_path / "to_binary.ckpt")
+    assert (mixed.stage, mixed.stage_name) == ("binary", "to_binary")
     stages = [layer.stage for layer in mixed.one_bit_layers.values()]
     assert set(stages) == {"real", "binary"}
     assert [activation.enabled for activation in mixed.sign_activations] == [stage == "binary" for stage in stages]
@@ -240,6 +241,49 @@ def test_a_full_precision_twin_trains_as_long():
     model = tiny_pcnn(full_precision=True)
     record = run(model, [Stage("real", epochs=1), Stage("binary")], max_epochs=3)
     assert record.column("stage") == ["full_precision"] * 3
+
+
+def test_a_plan_does_not_outlive_its_run():
+    model, record = tiny_bnn(), Record()
+    run(model, [Stage("real", epochs=1), Stage("binary", activations="real", **ADAM)], max_epochs=2)
+    assert (model.stage_name, model.settings["optimizer"]) == ("binary", "adam")
+    fit(model, max_epochs=2, callbacks=[record])
+    assert record.column("optimizer") == ["SGD"] * 2
+    assert record.column("rate") == pytest.approx([0.05, 0.025])
+    assert record.column("signs") == [[False] * 3] * 2  # as the network was trained
+
+
+def test_a_run_has_one_plan():
+    with pytest.raises(InputError, match="a run can have one StagePlan or StageSwitch only"):
+        fit(tiny_bnn(), callbacks=[StagePlan([Stage("binary")]), StageSwitch(1)])
+
+
+def test_a_run_that_ends_while_layers_enter_a_stage_says_so():
+    with pytest.warns(UserWarning, match="has ended before all layers have entered stage binary"):
+        run(tiny_bnn(), [Stage("binary", layer_by_layer=0.9)], max_epochs=6, max_steps=5)
+
+
+def test_no_loss_waits_for_a_stage_that_cannot_come():
+    with pytest.raises(InputError, match="center_loss is to begin in stage binary_2, but this run has no plan"):
+        fit(tiny_bnn(center_loss_weight=1.0, center_loss_start="binary_2"))
+
+
+def test_steps_are_not_counted_in_epochs_of_unknown_length(recwarn):
+    data = tiny_digits()
+    data.train_dataloader = lambda: Endless(tiny_digits().train_dataloader())
+    plan = StagePlan([Stage("real", epochs=1), Stage("binary")])
+    fit(tiny_bnn(), data, max_epochs=3, max_steps=6, callbacks=[plan])
+    assert not [str(one.message) for one in recwarn if "ends this run" in str(one.message)]
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Batches of an epoch, without a length."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
 
 
 def test_a_second_fit_goes_on_in_the_last_stage():
@@ -264,7 +308,10 @@ def test_a_second_fit_goes_on_in_the_last_stage():
         ([Stage("real", epochs=1), Stage("binary", epochs=1)], tiny_bnn, "end at epoch 2, but trainer.max_epochs is 3"),
         ([Stage("real", epochs=0.5), Stage("binary", epochs=9)], tiny_bnn, "end at epoch 10, but .*max_epochs is 3"),
         ([Stage("real", epochs=1), Stage("real")], lambda: tiny_bnn(center_loss_weight=1, center_loss_start="binary"),
-         "center_loss must begin in a stage of real, real_2, but got binary"),
+         "center_loss is to begin in stage binary, but the stages are real, real_2"),
+        ([Stage("real", epochs=1), Stage("binary")],
+         lambda: tiny_bnn(center_loss_weight=1, center_loss_start="binary_2"), "stage binary_2, but the stages are"),
+        ([Stage("real", epochs=3), Stage("binary")], tiny_bnn, "binary begins at epoch 3, but trainer.max_epochs is 3"),
     ],
 )  # fmt: skip
 def test_impossible_plans_end_in_one_line(stages, model, message):
@@ -276,8 +323,9 @@ def test_impossible_plans_end_in_one_line(stages, model, message):
 def test_wrong_plans_are_refused_where_they_are_made():
     with pytest.raises(ValueError, match="stage real must have epochs, since only the last one may take the rest"):
         StagePlan([Stage("real"), Stage("binary")])
-    with pytest.raises(ValueError, match=r"shares of the stages must add up to at most 1, but are 1\.2"):
-        StagePlan([Stage("real", epochs=0.6), Stage("ternary", epochs=0.6), Stage("binary")])
+    for last in (Stage("binary"), Stage("binary", epochs=0.5)):
+        with pytest.raises(ValueError, match=r"shares of the stages leave nothing for all of them: they add up to"):
+            StagePlan([Stage("real", epochs=0.5), Stage("ternary", epochs=0.5), last])
     for stages in ([], None, ["binary"]):
         with pytest.raises(ValueError, match="stages must be a list of at least one Stage"):
             StagePlan(stages)
@@ -287,7 +335,9 @@ def test_wrong_plans_are_refused_where_they_are_made():
         ({"stage": "binary", "epochs": 0}, "epochs must be a positive number, but got 0"),
         ({"stage": "binary", "layer_by_layer": 1}, r"layer_by_layer must be a number in \[0, 1\), but got 1"),
         ({"stage": "binary", "activations": "ternary"}, "activations must be one of real, sign"),
-        ({"stage": "binary", "reinit_projection": 1}, "reinit_projection must be true or false"),
+        ({"stage": "binary", "reinit_projection": 1}, "reinit_projection must be bool | None, but got 1"),
+        ({"stage": "binary", "nesterov": "no"}, "nesterov must be bool | None, but got 'no'"),
+        ({"stage": "binary", "reinit_projection": True, "layer_by_layer": 0.5}, "must be false with layer_by_layer"),
     ):
         with pytest.raises(ValueError, match=message):
             Stage(**arguments)
@@ -309,4 +359,6 @@ def test_a_run_is_not_continued_with_another_plan(tmp_path):
         part([Stage("binary")], ckpt_path=last)
     with pytest.raises(InputError, match="state of optimizer adam, which sgd cannot go on from"):
         part([Stage("real", epochs=2), Stage("binary")], ckpt_path=last)
-    part([Stage("real", epochs=2, optimizer="adam", eta1=0.1), Stage("binary")], ckpt_path=last)
+    part([Stage("real", epochs=2, optimizer="adam", eta1=0.1), Stage("binary", weight_decay=0.0)], ckpt_path=last)
+    with pytest.raises(InputError, match="goes through the stages real, binary: give it its stage_switch or"):
+        part([], ckpt_path=last)  # whose last stage has settings of its own

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -35,8 +35,6 @@ from pcnn_lightning.data.disk import DiskImages
 from pcnn_lightning.data.sources import Files
 
 CLASSES, TARS, BATCH, SIDE = 100, 20, 64, 224
-DETAILS = 20
-"""Different images of a class."""
 TRANSFORM = v2.Compose([v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 """Of the other loaders. Like ours, they return bytes, which are normalized on the device."""
 
@@ -47,29 +45,31 @@ TRANSFORM = v2.Compose([v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v
 def photograph(number: int) -> bytes:
     """A random detail of one of scikit-learn's two photographs in 500×375 pixels, with some noise, as a JPEG."""
     rng = np.random.default_rng(number)
-    whole = Image.fromarray(load_sample_images_once()[number % 2])
+    photographs, noise = sources()
+    whole = photographs[number % 2]
     height = int(whole.height * rng.uniform(0.6, 1.0))
     width = height * 4 // 3
     left, top = rng.integers(whole.width - width + 1), rng.integers(whole.height - height + 1)
     detail = whole.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.BICUBIC)
-    noisy = np.asarray(detail) * rng.uniform(0.7, 1.1) + rng.normal(0, 3, (375, 500, 3))
+    row, column = rng.integers(noise.shape[0] - 374), rng.integers(noise.shape[1] - 499)
+    noisy = np.asarray(detail) * np.float32(rng.uniform(0.7, 1.1)) + noise[row : row + 375, column : column + 500]
     file = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
     return file.getvalue()
 
 
-def load_sample_images_once(kept: list[Any] = []) -> list[Any]:  # noqa: B006
-    if not kept:
-        kept.extend(load_sample_images().images)
-    return kept
+@cache
+def sources() -> tuple[list[Image.Image], Any]:
+    """The two photographs, and a field of noise of which each image takes a part, since drawing it takes long."""
+    noise = np.random.default_rng(0).normal(0, 3, (750, 1000, 3)).astype(np.float32)
+    return [Image.fromarray(image) for image in load_sample_images().images], noise
 
 
 def write_class(root: Path, count: int, label: int) -> None:
     folder = root / "train" / f"class_{label:03d}"
     folder.mkdir(parents=True, exist_ok=True)
-    details = [photograph(label * DETAILS + number) for number in range(DETAILS)]
     for number in range(count // CLASSES):
-        (folder / f"{number:05d}.jpg").write_bytes(details[number % DETAILS])
+        (folder / f"{number:05d}.jpg").write_bytes(photograph(label * count + number))
 
 
 def make(root: Path, count: int) -> None:

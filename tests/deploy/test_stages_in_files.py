@@ -32,7 +32,7 @@ def data():
 def test_kernels_of_1_bit_on_real_activations(tmp_path, name):
     torch.manual_seed(0)
     model = tiny_pcnn(**NETWORKS[name]).eval()
-    model.take_stage(Stage("binary", activations="real"))
+    model.take_stage("binary", Stage("binary", activations="real"))
     images = torch.randn(4, 1, 8, 8)
     expected = model(images)
     description = describe(model, data())
@@ -44,8 +44,14 @@ def test_kernels_of_1_bit_on_real_activations(tmp_path, name):
 
 def test_a_network_between_two_stages_is_refused():
     model = tiny_pcnn()
-    model.take_stage(Stage("ternary"))
-    model.take_stage(Stage("binary", layer_by_layer=0.5))
+    model.set_stage("ternary")
+    model.take_stage("binary", Stage("binary", layer_by_layer=0.5))
     model.enter_layers(1)
     with pytest.raises(InputError, match="only some of the layers have entered stage binary: train on"):
+        describe(model, data())
+
+
+def test_real_kernels_are_refused():
+    model = tiny_pcnn(stage="real")
+    with pytest.raises(InputError, match="ProjectionConv2d has no 1-bit kernels in stage real: train on to binary"):
         describe(model, data())

@@ -1,4 +1,4 @@
-"""The two parameter groups of the optimizer."""
+"""The parameter groups of the optimizer."""
 
 from functools import partial
 
@@ -28,12 +28,14 @@ def test_groups_are_disjoint_and_complete(backbone, family, arguments):
     model = tiny(backbone=backbone, widths=[2] * maps, eta1=0.3, eta2=0.02, **arguments)
     found = groups(model)
     second = f"{family}s"
-    assert list(found) == (["kernels"] if "full_precision" in arguments else ["kernels", second])
+    assert list(found) == (["kernels"] if "full_precision" in arguments else ["kernels", second, "others"])
     members = [id(parameter) for group in found.values() for parameter in group["params"]]
     assert sorted(members) == sorted(id(parameter) for parameter in model.parameters())
     by_name = {id(p) for name, p in model.named_parameters() if name.endswith(f".{family}")}
     assert {id(p) for p in found.get(second, {"params": []})["params"]} == by_name
-    assert [group["lr"] for group in found.values()] == [0.3, 0.02][: len(found)]
+    assert [group["lr"] for group in found.values()] == [0.3, 0.02, 0.3][: len(found)]
+    layers = model.one_bit_layers.values()
+    assert not layers or {id(layer.weight) for layer in layers} == {id(one) for one in found["kernels"]["params"]}
 
 
 class Grouped(TwoRateClassifier):
@@ -44,14 +46,23 @@ class Grouped(TwoRateClassifier):
         self.build_network(partial(ProjectionConv2d, groups=2, bias=True))
 
 
-def test_biases_are_learned_with_the_kernels():
+def test_biases_are_learned_at_the_rate_of_the_kernels():
     model = Grouped(in_channels=1, backbone="wrn7", widths=[2, 2, 4, 4], schedule="constant", eta1=0.05)
     found, layers = groups(model), list(model.one_bit_layers.values())
     assert len(layers) == 3
     members = {id(parameter): group["name"] for group in found.values() for parameter in group["params"]}
-    assert {members[id(layer.bias)] for layer in layers} == {"kernels"}
+    assert {members[id(layer.bias)] for layer in layers} == {"others"}
     fit(model)
     assert all(layer.bias.any() for layer in layers)
+
+
+def test_kernels_may_have_a_weight_decay_of_their_own():
+    found = groups(tiny_pcnn(kernel_weight_decay=0.0))
+    assert [group["weight_decay"] for group in found.values()] == [0, 0, 3e-4]
+    twin = groups(tiny_pcnn(kernel_weight_decay=0.0, full_precision=True))
+    assert [group["weight_decay"] for group in twin.values()] == [3e-4]
+    with pytest.raises(ValueError, match="kernel_weight_decay must be a number of at least 0, but got -1"):
+        tiny_pcnn(kernel_weight_decay=-1)
 
 
 def test_projections_have_no_weight_decay_by_default():
@@ -71,12 +82,13 @@ def test_a_rate_of_zero_leaves_its_parameters_untouched(still, optimizer):
         assert torch.equal(before[name], parameter) == (is_projection if still == "eta2" else not is_projection), name
 
 
-def test_the_learning_rate_monitor_sees_both_groups(tmp_path):
+def test_the_learning_rate_monitor_sees_all_groups(tmp_path):
     monitor = LearningRateMonitor("step")
     fit(tiny_pcnn(), callbacks=[monitor], logger=CSVLogger(tmp_path), log_every_n_steps=1)
     assert {name.rpartition("/")[2]: set(values) for name, values in monitor.lrs.items()} == {
         "kernels": {0.05},
         "projections": {0.01},
+        "others": {0.05},
     }
 
 
