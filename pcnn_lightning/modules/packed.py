@@ -15,6 +15,7 @@ from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import QuantizedConv2d
 from pcnn_lightning.modules.classifier import OneBitClassifier
 from pcnn_lightning.modules.conversion import is_external
+from pcnn_lightning.modules.optimization import GroupSettings
 from pcnn_lightning.stages import Stage
 
 NAMES_LIMIT = 2000
@@ -45,6 +46,10 @@ class PackedClassifier(OneBitClassifier):
         self.path, self.net = path, network
         if description.stage != "full_precision":
             self.take_stage(description.stage, Stage(cast(Any, description.stage)))
+
+    def group_settings(self, settings: Mapping[str, Any]) -> dict[str, GroupSettings]:
+        """None, since it is not trained."""
+        return {}
 
     def setup(self, stage: str) -> None:
         """Check that the data are of the kind that the network was trained on.

@@ -64,7 +64,7 @@ def test_each_can_be_changed_by_file_and_flag(command):
     assert run.code == 0, run.err
     (curves,) = of_kind(run, FilterCurves)
     assert (curves.layer, curves.every_n_steps) == ("features.stage2.0.conv", 3)
-    assert [switch.epoch for switch in of_kind(run, StageSwitch)] == [1]
+    assert [switch.first_epochs for switch in of_kind(run, StageSwitch)] == [[0, 1]]
     names = {path.name for path in Path("runs/default/version_0/checkpoints").iterdir()}
     assert names == {"ternary.ckpt", "binary.ckpt", "stages.json"}
 
