@@ -186,7 +186,7 @@ class TestPrecedence:
         hparams = run.cli.model.hparams
         assert (hparams.eta1, hparams.schedule) == (0.03, "constant"), "as the flags say"
         assert (hparams.eta2, hparams.widths, hparams.projections) == (0.01, [2, 2, 2, 2], 2), "as it was trained"
-        assert [group["lr"] for group in run.cli.trainer.optimizers[0].param_groups] == [0.03, 0.01]
+        assert [group["lr"] for group in run.cli.trainer.optimizers[0].param_groups] == [0.03, 0.01, 0.03]
         assert run.cli.trainer.global_step == 6, "an epoch of two batches was added to two"
 
     def test_short_flag_and_class_name(self, command, trained):
@@ -208,7 +208,11 @@ class TestPrecedence:
         flags = [f"--ckpt_path={trained / 'last.ckpt'}", "--model.momentum=0.5", "--model.weight_decay=0.01"]
         run = command("fit", *DIGITS, *QUIET, *flags, "--trainer.max_epochs=3")
         groups = run.cli.trainer.optimizers[0].param_groups
-        assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.01), (0.5, 0.0)]
+        assert [(group["momentum"], group["weight_decay"]) for group in groups] == [
+            (0.5, 0.01),
+            (0.5, 0.0),
+            (0.5, 0.01),
+        ]
 
     @pytest.mark.parametrize("equals", [True, False])
     def test_architecture_comes_from_the_checkpoint(self, command, trained, equals):
