@@ -32,6 +32,11 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) 
     return padded.flatten(2).gather(2, window[:, None].expand(-1, channels, -1)).view(images.shape)
 
 
+def flip(images: Tensor, flips: Tensor) -> Tensor:
+    """Flip some of the images, (B, C, H, W), horizontally: those where ``flips``, (B,) bool, is true."""
+    return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
+
+
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
     """Set a box of each image to zero, the mean of normalized images (Zhong et al., AAAI 2020).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pcnn_lightning.checks import check_bool, check_integer, check_number, check_share
-from pcnn_lightning.data.augment import crop_and_flip, erase, mix, normalize
+from pcnn_lightning.data.augment import crop_and_flip, erase, flip, mix, normalize
 from pcnn_lightning.data.datasets import Augmentation, ImageSet, RawBatch
 from pcnn_lightning.data.sampling import (
     EpochLoader,
@@ -308,7 +308,9 @@ class ImageDataModule(LightningDataModule, ABC):
             float32 if the images are mixed; only the images if there are no labels.
         """
         images = batch.images
-        if batch.offsets is not None and batch.flips is not None:
+        if batch.flips is not None and batch.offsets is None:
+            images = flip(images, batch.flips)
+        elif batch.flips is not None and batch.offsets is not None:
             images = crop_and_flip(images, batch.offsets, batch.flips, self.crop_padding)
         if self._mean.device != images.device:  # only once, not for every batch
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)

@@ -18,8 +18,8 @@ class RawBatch(NamedTuple):
     Args:
         images: (B, C, H, W) uint8.
         labels: (B,) int64; None when predicting.
-        offsets: (B, 2) int64, for :func:`~pcnn_lightning.data.augment.crop_and_flip`; None for no augmentation.
-        flips: (B,) bool; None if and only if ``offsets`` is None.
+        offsets: (B, 2) int64, for :func:`~pcnn_lightning.data.augment.crop_and_flip`; None for no crop.
+        flips: (B,) bool, which of them to flip; None for no augmentation.
         erased: (B, 4) int64, for :func:`~pcnn_lightning.data.augment.erase`; None for no erasing.
         shares: (B,) float32, for :func:`~pcnn_lightning.data.augment.mix`; None for no mixing.
         pasted: (B, 4) int64, its boxes; None if and only if ``shares`` is None.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from pcnn_lightning.data.datasets import ImageSet, RawBatch
+from pcnn_lightning.data.datasets import Augmentation, ImageSet, RawBatch
 from pcnn_lightning.data.decode import decode, fitted
 from pcnn_lightning.data.sampling import Stream, generator
 from pcnn_lightning.data.sources import Source
@@ -51,29 +51,32 @@ class DiskImages(ImageSet):
     def __getitems__(self, codes: list[int]) -> RawBatch:
         width, height = self.size
         images = torch.empty((len(codes), 1 if self.grayscale else 3, height, width), dtype=torch.uint8)
-        for image, code in zip(images, codes, strict=True):
-            image.copy_(self._image(code))
+        flips = torch.zeros(len(codes), dtype=torch.bool)
+        for place, code in enumerate(codes):
+            image, flips[place] = self._image(code)
+            images[place] = image
         labels = self._labels_at(torch.tensor(codes) % len(self))
-        return RawBatch(images, labels, None, None, *self._variations(codes))
+        if self.augmentation is None:
+            return RawBatch(images, labels)
+        return RawBatch(images, labels, None, flips, *self._variations(codes, self.augmentation))
 
     def select(self, indices: Tensor) -> "DiskImages":
         return replace(self, files=self.files.select(indices), labels=self._labels_at(indices))
 
-    def _variations(self, codes: list[int]) -> Iterator[Tensor | None]:
-        if self.augmentation is not None:
-            keys = (divmod(code, len(self)) for code in codes)
-            drawn = [self.augmentation.draw(1, self.size[::-1], *key) for key in keys]
-            yield from (None if parts[0] is None else torch.cat(parts) for parts in zip(*drawn, strict=True))
+    def _variations(self, codes: list[int], augmentation: Augmentation) -> Iterator[Tensor | None]:
+        drawn = [augmentation.draw(1, self.size[::-1], *divmod(code, len(self))) for code in codes]
+        return (None if parts[0] is None else torch.cat(parts) for parts in zip(*drawn, strict=True))
 
-    def _image(self, code: int) -> Tensor:
+    def _image(self, code: int) -> tuple[Tensor, bool]:
+        """An image, and whether it is to be flipped."""
         epoch, index = divmod(code, len(self))
         image = decode(self.files, index, self.grayscale)
         if self.augmentation is not None:
             rng = generator(self.augmentation.seed, epoch, Stream.AUGMENTATION, index)
             image = _resized(_cut(image, random_box(image.shape[1], image.shape[2], rng)), self.size[0])
-            flipped = torch.rand(1, generator=rng, dtype=torch.float32) < (0.5 if self.augmentation.flip else 0.0)
-            return image.flip(2) if flipped else image
-        return _middle(image, self.size[0]) if self.margin else fitted(image, self.size)
+            chance = 0.5 if self.augmentation.flip else 0.0
+            return image, bool(torch.rand(1, generator=rng, dtype=torch.float32) < chance)
+        return _middle(image, self.size[0]) if self.margin else fitted(image, self.size), False
 
 
 def random_box(height: int, width: int, rng: torch.Generator) -> Box:

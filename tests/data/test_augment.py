@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pcnn_lightning.data.augment import crop_and_flip, normalize, resize
+from pcnn_lightning.data.augment import crop_and_flip, flip, normalize, resize
 
 
 def crop_and_flip_slowly(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
@@ -46,6 +46,13 @@ def test_the_middle_window_is_the_image_and_two_flips_undo_each_other():
     middle, none, every = torch.full((4, 2), 3), torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
     assert torch.equal(crop_and_flip(images, middle, none, 3), images)
     assert torch.equal(crop_and_flip(crop_and_flip(images, middle, every, 3), middle, every, 3), images)
+
+
+def test_flips_of_whole_images():
+    images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    flips = torch.tensor([True, False, False, True])
+    nowhere = torch.zeros(4, 2, dtype=torch.int64)
+    assert torch.equal(flip(images, flips), crop_and_flip_slowly(images, nowhere, flips, 0))
 
 
 def test_normalize():

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pcnn_lightning.data import ImageFolder, encoded
+from pcnn_lightning.data.augment import flip
 from pcnn_lightning.data.datasets import MemoryImages
 from pcnn_lightning.data.decode import look_at
 from pcnn_lightning.data.disk import DiskImages
@@ -116,7 +117,8 @@ def test_from_disk_training_takes_the_crops_of_torchvision(tmp_path, size):
     for code in range(20):
         torch.manual_seed(mixed_seed(0, code // 4, Stream.AUGMENTATION, code % 4))
         expected = np.asarray(theirs(Image.open(data.train_set.files.name(code % 4)))).astype(int)
-        image = data.train_set.__getitems__([code]).images[0].permute(1, 2, 0).numpy()
+        batch = data.train_set.__getitems__([code])
+        image = flip(batch.images, batch.flips)[0].permute(1, 2, 0).numpy()
         assert np.abs(image - expected).max() <= 1
 
 
@@ -131,7 +133,8 @@ def test_from_disk_training_depends_on_seed_epoch_and_sample_alone(tmp_path):
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         batches = list(loader)
         assert torch.equal(torch.get_rng_state(), before)
-        return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+        images = torch.cat([flip(batch.images, batch.flips) for batch in batches])
+        return images, torch.cat([batch.labels for batch in batches])
 
     (images, labels), (again, labels_again) = images_of(3), images_of(3, num_workers=2)
     assert images.shape == (12, 3, 16, 16)
