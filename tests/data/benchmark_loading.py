@@ -29,6 +29,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from pcnn_lightning.data import ImageFolder, WebDataset, tars
+from pcnn_lightning.data.augment import flip
 from pcnn_lightning.data.datasets import Augmentation
 from pcnn_lightning.data.decode import decode
 from pcnn_lightning.data.disk import DiskImages
@@ -136,7 +137,8 @@ def loaders(root: Path) -> dict[str, Callable[[int], Iterator[Any]]]:
 
     def ours(kind: type[ImageFolder | WebDataset], folder: str, workers: int) -> Iterator[Any]:
         options: dict[str, Any] = {"image_size": SIDE, "in_memory": False, "val_fraction": 0, "batch_size": BATCH}
-        return iter(kind(str(root / folder), num_workers=workers, **options).train_dataloader())
+        for batch in kind(str(root / folder), num_workers=workers, **options).train_dataloader():
+            yield flip(batch.images, batch.flips), batch.labels  # flipped on the device, here a CPU
 
     def torchvisions(workers: int) -> Iterator[Any]:
         images = datasets.ImageFolder(str(root / "folder/train"), TRANSFORM)
