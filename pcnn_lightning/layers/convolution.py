@@ -264,7 +264,12 @@ class QuantizedConv2d(Convolution2d):
             stage: the stage of the trained layer.
             planes: number of kernels made from each latent one; an ordinary inference layer stores all of them.
             options: :attr:`FrozenConv2d.options` of the layer.
+
+        Raises:
+            ValueError: in stage ``real``, whose kernels are not of 1 bit.
         """
+        if stage == "real":
+            raise ValueError(f"{cls.__name__} has no 1-bit kernels in stage real: train on to {cls.stages[-1]}")
         return FrozenConv2d(*shape, levels=3 if stage == "ternary" else 2, **options)
 
     @torch.no_grad()
@@ -274,8 +279,6 @@ class QuantizedConv2d(Convolution2d):
         Raises:
             ValueError: in stage ``real``, whose kernels are not of 1 bit.
         """
-        if self.stage == "real":
-            raise ValueError(f"{type(self).__name__} has no 1-bit kernels in stage real: train on to {self.stages[-1]}")
         layer = self.empty_frozen(*self.shape, stage=self.stage, scaling=self.scaling).to(self.weight.device)
         kernels = self.quantized_weight()
         # Binary kernels of scale 0 are all 0, whatever their signs.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pcnn_lightning.checks import check_choice, check_number, check_positive
 from pcnn_lightning.functional import kmeans_1d, modulate
-from pcnn_lightning.layers.convolution import FrozenConv2d, Padding, QuantizedConv2d
+from pcnn_lightning.layers.convolution import FrozenConv2d, Padding, QuantizedConv2d, Storage
 
 ModulationInit = Literal["normal", "uniform", "near_one", "ones"]
 
@@ -147,6 +147,9 @@ class ModulatedConv2d(QuantizedConv2d):
         r"""C ∘ \|M_k\|, and the filter loss of U-MCN."""
         weight = self.filter_loss_weight
         return modulate(self.weight, self.modulation, binarize=False, average=self.average, loss_weight=weight)
+
+    def storage(self) -> Storage:
+        return self.frozen().storage()  # there is an inference layer with real kernels as well
 
     @torch.no_grad()
     def filters(self) -> Tensor:

@@ -119,7 +119,7 @@ def test_extreme_means_and_deviations_give_finite_logits(mean, std):
 
 
 def test_modulated_networks_have_no_ternary_stage():
-    with pytest.raises(InputError, match="stage must be one of binary, real, full_precision, but is 'ternary'"):
+    with pytest.raises(InputError, match="stage must be one of real, binary, full_precision, but is 'ternary'"):
         describe(trained_model("MCN K=4"), stage="ternary")
 
 
