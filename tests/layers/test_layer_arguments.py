@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pcnn_lightning.layers import BinaryConv2d, ModulatedConv2d, ProjectionConv2d, TwoSlopePReLU
-from pcnn_lightning.losses import CenterLoss, CrossEntropy
+from pcnn_lightning.losses import CenterLoss, CrossEntropy, Distillation
 
 SHAPE = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
 PAIRS = {"kernel_size", "stride", "padding", "dilation"}
@@ -17,18 +17,22 @@ NUMBERS = {
     ModulatedConv2d: COMMON | {"planes", "levels", "filter_loss_weight", "scale"},
     TwoSlopePReLU: {"channels"},
     CenterLoss: {"num_classes", "feature_dim", "weight", "alpha", "start"},
-    CrossEntropy: {"label_smoothing"},
+    CrossEntropy: {"label_smoothing", "weight"},
+    Distillation: {"weight", "temperature", "start"},
 }
-GIVEN = {CenterLoss: {"num_classes": 3, "feature_dim": 2, "weight": 0.1}, CrossEntropy: {}, TwoSlopePReLU: {}}
+GIVEN = {CenterLoss: {"num_classes": 3, "feature_dim": 2, "weight": 0.1}, CrossEntropy: {}}
+GIVEN |= {TwoSlopePReLU: {}, Distillation: {}}
 NO_NUMBERS = [math.nan, math.inf, -math.inf, True, False, "0.5"]
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_the_table_has_every_number(kind):
-    """All that is left are choices of strings, and yes or no."""
+    """All that is left are choices of strings, yes or no, and lists."""
     others = set(inspect.signature(kind.__init__).parameters) - NUMBERS[kind] - {"self"}
     assert all(
-        name.endswith(("stage", "forward", "init", "scaling", "gradient", "zation", "average", "binarize", "bias"))
+        name.endswith(
+            ("stage", "forward", "init", "scaling", "gradient", "zation", "average", "binarize", "bias", "weights")
+        )
         for name in others
     )
 

@@ -85,7 +85,7 @@ def test_quantized_weight_is_detached():
 
 def test_an_unknown_stage_is_refused():
     layer = make_layer(stage="ternary")
-    with pytest.raises(ValueError, match=r"stage must be one of ternary, binary, but got 'quaternary'"):
+    with pytest.raises(ValueError, match=r"stage must be one of real, ternary, binary, but got 'quaternary'"):
         layer.set_stage("quaternary")
     assert (layer.stage, layer.levels) == ("ternary", 3)
 
