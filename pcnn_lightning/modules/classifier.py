@@ -483,7 +483,7 @@ class OneBitClassifier(LightningModule):
         self._terms.train()  # a network may be fine-tuned in evaluation mode, but not its loss
         self.stage_start = min(self.stage_start, self.current_epoch)  # a loaded network may begin a new run
         for name, term in self.terms.items():
-            known = self._stage is None or term.start in (self.plan or STAGES)
+            known = self._stage is None or term.start in (self.plan or {*self.trained_stages, "binary"})
             if isinstance(term.start, str) and not known:
                 stages = f"the stages are {', '.join(self.plan)}" if self.plan else "this run has no plan of stages"
                 raise InputError(f"{name} is to begin in stage {term.start}, but {stages}")

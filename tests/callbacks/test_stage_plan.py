@@ -264,8 +264,9 @@ def test_a_run_that_ends_while_layers_enter_a_stage_says_so():
 
 
 def test_no_loss_waits_for_a_stage_that_cannot_come():
-    with pytest.raises(InputError, match="center_loss is to begin in stage binary_2, but this run has no plan"):
-        fit(tiny_bnn(center_loss_weight=1.0, center_loss_start="binary_2"))
+    for start in ("binary_2", "ternary"):
+        with pytest.raises(InputError, match=f"center_loss is to begin in stage {start}, but this run has no plan"):
+            fit(tiny_bnn(center_loss_weight=1.0, center_loss_start=start))
 
 
 def test_steps_are_not_counted_in_epochs_of_unknown_length(recwarn):

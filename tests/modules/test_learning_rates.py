@@ -96,7 +96,7 @@ def test_rates_follow_their_schedules_in_each_stage():
     expected = [
         [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 12)), 1e-4 * (0.2 if step >= 6 else 1)] for step in range(12)
     ]
-    assert rates == [pytest.approx(pair) for pair in expected]
+    assert rates == [pytest.approx([eta1, eta2, eta1]) for eta1, eta2 in expected]
 
 
 def test_a_schedule_without_an_end_is_refused():

@@ -134,8 +134,8 @@ def test_configs_work_with_the_other_family(tmp_path, monkeypatch, config, famil
         ({"modulation_init": "zeros"}, "modulation_init must be one of .*, but got 'zeros'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), but got 1.0"),
         ({"backbone": "wrn7", "dropout": 0.1}, "dropout must be 0 for backbone wrn7"),
-        ({"center_loss_start": -1}, "center_loss_start must be an epoch or binary, but got -1"),
-        ({"center_loss_start": "ternary"}, "center_loss_start must be an epoch or binary, but got 'ternary'"),
+        ({"center_loss_start": -1}, "center_loss_start must be an epoch or a stage, such as .*, but got -1"),
+        ({"center_loss_start": "soon"}, "center_loss_start must be an epoch or a stage, such as .*, but got 'soon'"),
     ],
 )
 def test_wrong_arguments_raise(arguments, message):
