@@ -58,7 +58,8 @@ def test_its_layer_is_small():
 
 def test_it_has_one_learning_rate(run):
     model, _, _ = run
-    assert list(model.parameter_groups()) == ["kernels"]
+    assert list(model.parameter_groups()) == ["kernels", "others"]
+    assert list(model.group_settings(model.hparams)) == ["kernels", "others"]
     assert "eta2" not in model.hparams
 
 
