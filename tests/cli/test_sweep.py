@@ -311,9 +311,9 @@ def test_runs_share_the_machine_and_a_failed_one_stops_no_other(command, monkeyp
 
 @pytest.mark.parametrize("name", sorted(packaged_sweeps().keys() - {"published.yaml"}))
 def test_the_sweeps_that_come_along_are_valid(command, name):
-    printed = command("sweep", name, "--out=runs", "--print", "--data.root=nowhere")
+    printed = command("sweep", name, "--out=runs", "--print", "--data.root=nowhere", "--grid=seed_everything=0")
     assert printed.code == 0, printed.err
-    assert len(printed.out.splitlines()) in (9, 12, 27)
+    assert len(printed.out.splitlines()) in (3, 4, 9, 19)  # of one seed
 
 
 def yaml_blocks(page):
