@@ -449,7 +449,7 @@ class OneBitClassifier(LightningModule):
         if decay is None or settings["full_precision"]:
             return {KERNELS: others, OTHERS: others}
         check_number("kernel_weight_decay", decay, 0)
-        return {KERNELS: others._replace(weight_decay=decay), OTHERS: others}
+        return {KERNELS: GroupSettings(others.rate, decay), OTHERS: others}
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -541,7 +541,7 @@ class OneBitClassifier(LightningModule):
         """
         # First, so that its activations do not come on top of those that wait for the backward pass.
         teacher_logits = None if self._teacher is None else self._teacher(images)
-        outputs = self._outputs(images, labels)._replace(teacher_logits=teacher_logits)
+        outputs = self._outputs(images, labels, teacher_logits)
         begun = {name: term for name, term in self.terms.items() if self.has_begun(term)}
         return {name: term.value(outputs, batches) for name, term in begun.items()}, outputs.logits
 
@@ -587,9 +587,9 @@ class OneBitClassifier(LightningModule):
         for layer in self.one_bit_layers.values():
             layer.begin_epoch()
 
-    def _outputs(self, images: Tensor, labels: Tensor) -> Outputs:
-        features = self._features_of(images)
-        return Outputs(features, self.net.classifier(features), labels, list(self.one_bit_layers.values()))
+    def _outputs(self, images: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Outputs:
+        features, layers = self._features_of(images), list(self.one_bit_layers.values())
+        return Outputs(features, self.net.classifier(features), labels, layers, teacher_logits)
 
     def _features_of(self, images: Tensor) -> Tensor:
         images = images.to(self.dtype, memory_format=self._memory_format)

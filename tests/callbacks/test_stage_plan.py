@@ -1,6 +1,7 @@
 """Runs that go through a plan of stages."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from pcnn_lightning import BNN, LossCurves, StageCheckpoint, StagePlan, StageSwi
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.stages import Stage
 
-ADAM = {"optimizer": "adam", "eta1": 0.002, "schedule": "constant"}
+ADAM: dict[str, Any] = {"optimizer": "adam", "eta1": 0.002, "schedule": "constant"}
+LAMB: dict[str, Any] = {"optimizer": "lamb"}
 
 
 def tiny_bnn(**arguments):
@@ -303,7 +305,7 @@ def test_a_second_fit_goes_on_in_the_last_stage():
         ([Stage("binary", activations="sign")], tiny_mcn, "activations must be real for this MCN, but got sign"),
         ([Stage("binary", eta2=0.1)], tiny_bnn, "stage binary: eta2 is not an argument of BNN"),
         ([Stage("binary", eta1=-1.0)], tiny_bnn, "stage binary: eta1: a learning rate must be .* but got -1.0"),
-        ([Stage("binary", optimizer="lamb")], tiny_bnn, "stage binary: optimizer must be one of sgd, adam"),
+        ([Stage("binary", **LAMB)], tiny_bnn, "stage binary: optimizer must be one of sgd, adam"),
         ([Stage("binary", momentum=1.0)], tiny_bnn, "stage binary: momentum must be"),
         ([Stage("binary", kernel_weight_decay=-1)], tiny_bnn, "kernel_weight_decay must be .* but got -1"),
         ([Stage("real", epochs=1), Stage("binary", epochs=1)], tiny_bnn, "end at epoch 2, but trainer.max_epochs is 3"),

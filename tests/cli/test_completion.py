@@ -51,7 +51,7 @@ def offered(scripts, tmp_path):
     [
         (["f"], {"fit"}),
         (["fit", "--model.st"], {"--model.stage"}),
-        (["fit", "--model.stage", ""], {"ternary", "binary"}),
+        (["fit", "--model.stage", ""], {"real", "ternary", "binary"}),
         (["fit", "--model", "P"], {"PCNN"}),
         (["fit", "--model.help", "M"], {"MCN"}),
         (["fit", "--data", "C"], {"CIFAR10", "CIFAR100"}),

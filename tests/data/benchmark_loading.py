@@ -50,7 +50,7 @@ def photograph(number: int) -> bytes:
     whole = photographs[number % 2]
     height = int(whole.height * rng.uniform(0.6, 1.0))
     width = height * 4 // 3
-    left, top = rng.integers(whole.width - width + 1), rng.integers(whole.height - height + 1)
+    left, top = int(rng.integers(whole.width - width + 1)), int(rng.integers(whole.height - height + 1))
     detail = whole.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.BICUBIC)
     row, column = rng.integers(noise.shape[0] - 374), rng.integers(noise.shape[1] - 499)
     noisy = np.asarray(detail) * np.float32(rng.uniform(0.7, 1.1)) + noise[row : row + 375, column : column + 500]
