@@ -51,8 +51,8 @@ MIXED: dict[str, dict[str, Any]] = {
 }
 PLAN = [
     Stage("real", epochs=1, activations="real", optimizer="adam", eta1=0.002),
-    Stage("ternary", epochs=1, kernel_weight_decay=0.0),
-    Stage("binary", layer_by_layer=0.5, reinit_projection=True),
+    Stage("ternary", epochs=1, kernel_weight_decay=0.0, reinit_projection=True),
+    Stage("binary", layer_by_layer=0.5),
 ]
 
 
