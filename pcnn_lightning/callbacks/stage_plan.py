@@ -131,7 +131,7 @@ class StagePlan(Callback):
         return ends[:-1], ends[-1]
 
     def _index(self, module: StagedModule) -> int:
-        return self.names.index(str(module.stage_name).removeprefix(ENTERING))
+        return self.names.index(module.stage_name.removeprefix(ENTERING))
 
     def _end(self, index: int) -> int | None:
         return self.first_epochs[index + 1] if index + 1 < len(self.stages) else None
@@ -179,7 +179,7 @@ class StagePlan(Callback):
         if module.has_entered:
             return
         stage, count = self.stages[self.names[self._index(module)]], len(module.one_bit_layers)
-        start, end = int(module.stage_start), module.stage_end or trainer.max_epochs
+        start, end = module.stage_start, module.stage_end or trainer.max_epochs
         entered = stage.layers_entered(count, trainer.current_epoch - start, end - start)  # type: ignore[operator]
         module.enter_layers(entered)
         if entered == count:
