@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pcnn_lightning.callbacks.drawing import DrawingCallback
 
@@ -28,12 +28,11 @@ class ConfusionMatrix(DrawingCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._matrix: MulticlassConfusionMatrix | None = None
+        self._counts: Tensor | None = None  # (C · C,), true and predicted class of each image, on the device
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Checking its arguments would wait for the device in every batch.
-        matrix = MulticlassConfusionMatrix(pl_module.hparams["num_classes"], validate_args=False)
-        self._matrix = matrix.to(pl_module.device)
+        classes = pl_module.hparams.get("num_classes")
+        self._counts = None if classes is None else torch.zeros(classes**2, dtype=torch.int64, device=pl_module.device)
 
     def on_test_batch_end(
         self,
@@ -44,23 +43,29 @@ class ConfusionMatrix(DrawingCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._matrix is not None and isinstance(outputs, Mapping) and "predictions" in outputs:
-            self._matrix.update(outputs["predictions"], outputs["labels"])
+        if self._counts is not None and isinstance(outputs, Mapping) and "predictions" in outputs:
+            # Neither torch's bincount, which waits for the device, nor torchmetrics', which takes B · C² numbers of
+            # memory in deterministic runs.
+            places = outputs["labels"] * pl_module.hparams["num_classes"] + outputs["predictions"]
+            self._counts.index_add_(0, places, torch.ones_like(places))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        matrix, self._matrix = self._matrix, None
+        found, self._counts = self._counts, None
         self.begin_test(trainer)
-        if matrix is None or not matrix.update_called:
+        if found is None:
             return
-        counts = matrix.compute().cpu()  # of all processes
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        classes = getattr(data, "classes", None) or [str(label) for label in range(len(counts))]
+        size = pl_module.hparams["num_classes"]
+        counts = trainer.strategy.reduce(found, reduce_op="sum").view(size, size).cpu()
+        if not counts.any():  # the module does not say what it predicts
+            return
+        names = getattr(trainer.datamodule, "classes", None) or []  # type: ignore[attr-defined]
+        classes = names if len(names) == size else [str(label) for label in range(size)]
         correct, images = counts.diag(), counts.sum(dim=1)
         stage = str(pl_module.stage_name)
         self.write(
             f"confusion_{stage}",
             [
-                {"true/predicted": name, **dict(zip(classes, row, strict=True))}  # no folder has a name with a slash
+                {"true/predicted": name, **dict(zip(classes, row, strict=True))}
                 for name, row in zip(classes, counts.tolist(), strict=True)
             ],
         )

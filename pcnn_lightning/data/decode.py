@@ -51,10 +51,10 @@ def _decode(source: Source, index: int, grayscale: bool) -> Tensor:
         if is_jpeg and not grayscale:
             content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             with suppress(RuntimeError):  # Pillow says what is wrong
-                # The pixels of Pillow in two thirds of its time: that decodes to four bytes a pixel and copies them twice.
+                # The pixels of Pillow in two thirds of its time: it decodes to four bytes a pixel, copied twice.
                 pixels: Tensor = decode_jpeg(content)
-                if len(pixels) == 3:
-                    return pixels
+                if len(pixels) in (1, 3):
+                    return pixels.expand(3, -1, -1)
             file.seek(0)
         with _open(file) as image:
             return _pixels(image, grayscale)

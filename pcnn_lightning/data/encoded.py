@@ -98,6 +98,7 @@ class EncodedImages(ImageDataModule):
             count = len(self.classes)
             raise InputError(f"num_classes is {num_classes}, but {place} {count}: set --data.num_classes {count}")
         self._left_out: dict[str, list[str]] = {}  # by split
+        self._recorded: dict[str, list[str]] = {}  # the same, as checkpoints call them
 
     @abstractmethod
     def find_classes(self, num_classes: int | None) -> tuple[list[str], str]:
@@ -152,9 +153,7 @@ class EncodedImages(ImageDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record of the images, with whether memory holds them and which files were left out."""
-        left_out = [
-            os.path.relpath(file, self.root) for split in ("train", "val") for file in self._left_out.get(split, [])
-        ]
+        left_out = [file for split in ("train", "val") for file in self._recorded.get(split, [])]
         return {**super().state_dict(), "in_memory": self._held, "left_out": left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,13 +292,15 @@ class EncodedImages(ImageDataModule):
         if others := {file: error for file, error in by_name.items() if not is_corrupt(error)}:
             raise self._refusal(others)
         left_out = self._left_out[split] = list(by_name)
+        self._recorded[split] = sorted(files.identity(index, self.root) for index in failures)
         if self.trainer and self.trainer.world_size > 1:
             of_first = self.trainer.strategy.broadcast(left_out)
             if odd := sorted(set(of_first) ^ set(left_out)):
                 raise InputError(f"one process can read what another cannot: {some_of(odd)}")
         kept = torch.tensor([index for index in range(len(files)) if index not in failures], dtype=torch.long)
         if labels is not None:
-            self.check_counts(split, labels[kept].bincount(minlength=self.num_classes), "holds only corrupt images")
+            before, left = (those.bincount(minlength=self.num_classes) for those in (labels, labels[kept]))
+            self.check_counts(split, torch.where(before > 0, left, 1), "holds only corrupt images")
         elif len(kept) == 0:
             raise self._refusal(by_name)
         if left_out:

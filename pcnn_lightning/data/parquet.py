@@ -12,7 +12,7 @@ from typing import Any
 
 from pcnn_lightning.data.base import Split
 from pcnn_lightning.data.memory import amount
-from pcnn_lightning.data.tars import places, stamp_of, work_on, writable
+from pcnn_lightning.data.tars import FORMAT, places, stamp_of, work_on, writable
 from pcnn_lightning.data.webdataset import CLASSES, WebDataset
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import replacing
@@ -72,8 +72,9 @@ class ParquetImages(WebDataset):
                     return names, f"{file} has"
         return super().find_classes(num_classes)
 
-    def largest_label(self) -> int:
-        return max(_largest(file, self.label_column) for files in self.shards().values() for file in files)
+    def labels_found(self) -> list[int]:
+        files = [file for of_split in self.shards().values() for file in of_split]
+        return sorted(set().union(*(_labels(file, self.label_column) for file in files))) or [0]
 
     def tars(self) -> dict[Split, list[str]]:
         """Copy the images to tars, unless that is done, and return the tars of each split.
@@ -91,7 +92,7 @@ class ParquetImages(WebDataset):
 
     def _copy_of(self, file: str) -> Path:
         """The tar of a file as it is now, and of these columns."""
-        made_of = (*stamp_of(file).values(), self.image_column, self.label_column)
+        made_of = (FORMAT, *stamp_of(file), self.image_column, self.label_column)
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
         paths = places(file, f".{digest}.tar", self.cache_dir)
         return next((path for path in paths if path.is_file()), writable(paths))
@@ -138,11 +139,11 @@ def _names_of_classes(file: str, label_column: str) -> list[str] | None:
         return None
 
 
-def _largest(file: str, label_column: str) -> int:
+def _labels(file: str, label_column: str) -> set[int]:
     opened = _opened(file)
     _check_column(file, opened.schema_arrow, "label_column", label_column)
-    labels = opened.read([label_column])[label_column].to_pylist()
-    return max((label for label in labels if isinstance(label, int)), default=0)
+    labels = opened.read([label_column])[label_column].unique().to_pylist()
+    return {label for label in labels if isinstance(label, int) and label >= 0}
 
 
 def _copy(file: str, copies: dict[str, Path], image_column: str, label_column: str) -> str | None:

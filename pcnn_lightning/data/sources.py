@@ -4,6 +4,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
@@ -28,6 +29,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Path of a file, for messages."""
+
+    @abstractmethod
+    def identity(self, index: int, root: Path) -> str:
+        """What a checkpoint calls a file, wherever the folder of the dataset, ``root``, is and however it is packed."""
 
     @abstractmethod
     def select(self, indices: Tensor) -> "Source":
@@ -55,6 +60,9 @@ class Files(Source):
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def identity(self, index: int, root: Path) -> str:
+        return os.path.relpath(self.paths[index], root)
 
     def select(self, indices: Tensor) -> "Files":
         return Files([self.paths[index] for index in indices.tolist()])

@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import re
+import resource
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -33,13 +34,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pcnn_lightning.data.base import leave_interrupts_to_the_first_process
-from pcnn_lightning.data.layout import some_of
+from pcnn_lightning.data.layout import EXTENSIONS, some_of
 from pcnn_lightning.data.sources import Source
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import write_whole
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-"""Extensions of the members that are images."""
+IMAGES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
+"""Extensions of the members that are images: those of the files in folders."""
 LABEL_KEYS = ("label", "cls")
 """Names of a label in a member ending in ``.json``; the first one found is taken."""
 FORMAT = "1"
@@ -48,7 +49,7 @@ FORMAT = "1"
 _ARRAYS = ("labels", "offsets", "sizes", "names")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two of zeros
-_OPEN = 256  # tars; a process may often have no more than 1024 files open
+_OPEN = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # tars; the rest of the files is for others
 
 
 class Index(NamedTuple):
@@ -59,28 +60,37 @@ class Index(NamedTuple):
         offsets: (N,) int64, first byte of each image in the tar.
         sizes: (N,) int64, number of bytes.
         names: (N,) bytes, paths within the tar.
+        stamp: number of bytes of the tar, and time of its last change in nanoseconds.
     """
 
     labels: NDArray[np.int64]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     names: NDArray[np.bytes_]
+    stamp: tuple[int, int]
 
 
 # --- which tars there are --------------------------------------------------------------------------------------------
 
 
 def expand(pattern: str) -> list[str]:
-    """Expand the braces of a shell: ``a{00..02}`` to ``a00``, ``a01`` and ``a02``; ``{a,b}`` to ``a`` and ``b``."""
+    """Expand the braces of a shell: ``a{00..02}`` to ``a00``, ``a01`` and ``a02``; ``{a,b}`` to ``a`` and ``b``.
+
+    Raises:
+        InputError: if there are braces within braces, or one without its other.
+    """
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(part) if place % 2 else [part] for place, part in enumerate(parts)]
+    if any(brace in part for part in parts[::2] for brace in "{}"):
+        raise InputError(f"{pattern} must have pairs of braces, and none within another")
     return ["".join(chosen) for chosen in product(*choices)]
 
 
 def _choices(braces: str) -> list[str]:
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", braces):
         first, last = bounds.groups()
-        return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        step = 1 if int(first) <= int(last) else -1
+        return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + step, step)]
     return braces.split(",")
 
 
@@ -104,14 +114,14 @@ def find_shards(root: Path, patterns: str | Sequence[str], suffix: str) -> list[
             if path.is_dir():
                 files = [one for one in sorted(path.iterdir()) if _is_shard(one, suffix)]
             elif re.search(r"[*?]", path.name):
-                files = [one for one in sorted(path.parent.glob(path.name)) if one.is_file()]
+                files = [one for one in sorted(path.parent.glob(path.name)) if _is_shard(one, suffix)]
             else:
                 files = [path] if path.is_file() else []
             if not files:
                 expected = f"a file, or a folder of files ending in {suffix}"
                 raise InputError(f"{path} does not lead to images: expected {expected}")
             found += map(str, files)
-    if twice := [path for path, times in Counter(found).items() if times > 1]:
+    if twice := [path for path, times in Counter(map(os.path.realpath, found)).items() if times > 1]:
         raise InputError(f"{some_of(twice)} must be named once, but the patterns lead there several times")
     return found
 
@@ -147,58 +157,67 @@ def scan(tar: str) -> Index:
 
 def _scan(tar: str, file: BinaryIO) -> Index:
     images: dict[str, tuple[int, int, str]] = {}  # offset, size and name by key, the name up to the first dot
-    labels: dict[str, int] = {}
-    described: dict[str, tuple[int, int, str]] = {}
-    end, last, descriptor = os.fstat(file.fileno()).st_size, "", file.fileno()
+    about: dict[str, dict[str, tuple[int, int, str]]] = {"cls": {}, "json": {}}  # likewise
+    strange: dict[str, str] = {}  # names of images whose key ends before their extension
+    status, last, descriptor = os.fstat(file.fileno()), "", file.fileno()
     with tarfile.open(fileobj=file, mode="r:") as members:
         for member in members:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not member.isfile() or not stem:
+            name = member.name.removeprefix("./")
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.lower().partition(".")
+            if not stem or not (member.isfile() or member.islnk() or member.issym()):
                 continue
-            last, place = member.name, (member.offset_data, member.size, member.name)
-            if member.offset_data + member.size > end:
+            key, kind = f"{folder}/{base.partition('.')[0]}", extension.rpartition(".")[2]
+            if kind in (*IMAGES, *about) and (member.issparse() or not member.isfile()):
+                what = "sparse" if member.issparse() else "a link"
+                raise InputError(f"{tar}: {name} is {what}, so that it cannot be read in place: pack whole files")
+            last, place = name, (member.offset_data, member.size, name)
+            if member.offset_data + member.size > status.st_size:
                 raise InputError(f"{tar} is truncated within its member {last}")
-            key, extension = f"{folder}/{stem}", extension.lower()
-            if extension in IMAGES:
-                if key in images:
-                    raise InputError(f"{tar} has two images of the key {key.lstrip('/')}: {images[key][2]} and {last}")
-                images[key] = place
-            elif extension == "cls":
-                labels[key] = _label(tar, last, _class_index(os.pread(descriptor, member.size, member.offset_data)))
-            elif extension == "json":
-                described[key] = place
+            if extension in (*IMAGES, *about):
+                those = images if extension in IMAGES else about[extension]
+                if key in those:
+                    what = "images" if extension in IMAGES else "labels"
+                    raise InputError(f"{tar} has two {what} of the key {key.lstrip('/')}: {those[key][2]} and {last}")
+                those[key] = place
+            elif kind in IMAGES:
+                strange[key] = name
         if os.pread(descriptor, _BLOCK, members.offset) != bytes(_BLOCK):
             raise InputError(f"{tar} is truncated, or damaged, after its member {last}")
+    if lost := [name for key, name in strange.items() if key not in images]:
+        raise InputError(f"{tar}: {lost[0]} is no image of a key of its own, which ends at the first dot: rename it")
+    if lost := [name for key, (_, _, name) in about["cls"].items() if key not in images]:
+        raise InputError(f"{tar}: {lost[0]} is a label without an image")
     if not images:
         raise InputError(f"{tar} holds no images: expected members ending in {', '.join(f'.{one}' for one in IMAGES)}")
+    labels = []
     for key, (_, _, name) in images.items():
-        if key not in labels:
-            if key not in described:
-                stem = name.rpartition(".")[0]
-                raise InputError(f"{tar}: {name} has no label: expected a member {stem}.cls or {stem}.json beside it")
-            offset, size, about = described[key]
-            labels[key] = _label(tar, about, _described(os.pread(descriptor, size, offset)))
+        kind = "cls" if key in about["cls"] else "json"
+        if key not in about[kind]:
+            stem = name.rpartition(".")[0]
+            raise InputError(f"{tar}: {name} has no label: expected a member {stem}.cls or {stem}.json beside it")
+        offset, size, where = about[kind][key]
+        content = os.pread(descriptor, size, offset)
+        labels.append(_label(tar, where, _class_index(content) if kind == "cls" else _described(content)))
     offsets, sizes, names = zip(*images.values(), strict=True)
     return Index(
-        np.array([labels[key] for key in images]),
+        np.array(labels),
         np.array(offsets),
         np.array(sizes),
         np.array([os.fsencode(name) for name in names]),
+        (status.st_size, status.st_mtime_ns),
     )
 
 
 def _class_index(content: bytes) -> Any:
-    try:
-        return int(content)
-    except ValueError:
-        return content[:100].decode(errors="replace")
+    text = content[:100].decode(errors="replace")
+    return int(text) if re.fullmatch(r"\s*-?[0-9]{1,20}\s*", text) else text
 
 
 def _described(content: bytes) -> Any:
     try:
         about = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         about = content[:100].decode(errors="replace")
     keys = [key for key in LABEL_KEYS if key in about] if isinstance(about, dict) else []
     return about[keys[0]] if keys else about
@@ -213,10 +232,10 @@ def _label(tar: str, member: str, value: Any) -> int:
     return value
 
 
-def stamp_of(file: str) -> dict[str, str]:
-    """By what is recognized that a file is still the one that something was made of."""
+def stamp_of(file: str) -> tuple[int, int]:
+    """By what is recognized that a file is still the one that something was made of: its size and time of change."""
     status = os.stat(file)  # noqa: PTH116
-    return {"format": FORMAT, "size": str(status.st_size), "modified": str(status.st_mtime_ns)}
+    return status.st_size, status.st_mtime_ns
 
 
 def places(file: str, ending: str, cache_dir: Path | None) -> list[Path]:
@@ -228,10 +247,11 @@ def places(file: str, ending: str, cache_dir: Path | None) -> list[Path]:
         cache_dir: the only folder for it.
     """
     beside = Path(f"{file}{ending}")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pcnn_lightning"
     place = hashlib.sha256(os.fsencode(os.path.abspath(beside.parent))).hexdigest()[:12]  # noqa: PTH100
-    elsewhere = (cache_dir or home) / place / beside.name
-    return [beside, elsewhere] if cache_dir is None else [elsewhere]
+    if cache_dir is not None:
+        return [cache_dir / place / beside.name]
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  # also without a home
+    return [beside, Path(caches) / "pcnn_lightning" / place / beside.name]
 
 
 def writable(paths: Sequence[Path]) -> Path:
@@ -239,30 +259,34 @@ def writable(paths: Sequence[Path]) -> Path:
     return next((path for path in paths if os.access(path.parent, os.W_OK)), paths[-1])
 
 
+def _metadata(stamp: tuple[int, int]) -> dict[str, str]:
+    return {"format": FORMAT, "size": str(stamp[0]), "modified": str(stamp[1])}
+
+
 def _read_index(tar: str, cache_dir: Path | None) -> Index | None:
     """Read the index of a tar, or return None if there is none of the tar as it is now."""
+    stamp = stamp_of(tar)
     for path in places(tar, ".index", cache_dir):
         with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
-            if {key: (file.metadata() or {}).get(key) for key in stamp_of(tar)} == stamp_of(tar):
+            if file.metadata() == _metadata(stamp):
                 labels, offsets, sizes, names = (file.get_tensor(name) for name in _ARRAYS)
-                return Index(labels, offsets, sizes, names.view(f"S{names.shape[1]}")[:, 0])
+                return Index(labels, offsets, sizes, names.view(f"S{names.shape[1]}")[:, 0], stamp)
     return None
 
 
 def _write_index(tar: str, cache_dir: Path | None) -> str | None:
     """Scan a tar and write its index; return what is wrong with it, because workers would wrap the error."""
-    stamp = stamp_of(tar)
     try:
-        labels, offsets, sizes, names = scan(tar)
+        labels, offsets, sizes, names, stamp = scan(tar)
         rows = names[:, None].view(np.uint8)  # of bytes, since the format has no strings
         arrays: dict[str, NDArray[Any]] = dict(zip(_ARRAYS, (labels, offsets, sizes, rows), strict=True))
-        write_whole(writable(places(tar, ".index", cache_dir)), save(arrays, stamp))
+        write_whole(writable(places(tar, ".index", cache_dir)), save(arrays, _metadata(stamp)))
     except InputError as error:
         return str(error)
     return None
 
 
-def read_indexes(tars: Sequence[str], cache_dir: Path | None = None) -> list[Index]:
+def read_indexes(tars: Sequence[str], cache_dir: Path | None = None) -> dict[str, Index]:
     """Read the indexes of tars; those that are missing or outdated are made first, by all cores.
 
     Args:
@@ -280,7 +304,7 @@ def read_indexes(tars: Sequence[str], cache_dir: Path | None = None) -> list[Ind
         found |= {tar: _read_index(tar, cache_dir) for tar in missing}
     if changing := [tar for tar, index in found.items() if index is None]:
         raise InputError(f"{some_of(changing)} changed while being indexed: wait until all tars are complete")
-    return [index for index in found.values() if index is not None]
+    return {tar: index for tar, index in found.items() if index is not None}
 
 
 def work_on(what: str, files: Sequence[str], work: Callable[[str], str | None]) -> None:
@@ -334,7 +358,7 @@ def _as_it_is(result: Any) -> Any:
 
 @dataclass(frozen=True)
 class TarFiles(Source):
-    """Images within tars: some 50 bytes of memory each, which workers share.
+    """Images within tars: 20 bytes of memory each beside the longest of their names, which workers share.
 
     Args:
         tars: paths of the tars.
@@ -365,27 +389,31 @@ class TarFiles(Source):
     def name(self, index: int) -> str:
         return f"{self.tars[self.owners[index]]}:{os.fsdecode(self.names[index])}"
 
+    def identity(self, index: int, root: Path) -> str:
+        return os.fsdecode(self.names[index])
+
     def select(self, indices: Tensor) -> "TarFiles":
         chosen = indices.numpy()
         arrays = {name: getattr(self, name)[chosen] for name in ("owners", "offsets", "sizes", "names")}
         return replace(self, **arrays)
 
 
-def read_tars(tars: Sequence[str], cache_dir: Path | None = None) -> tuple[TarFiles, Tensor]:
-    """Find the images of tars, in the order of their labels and names, however they are dealt out to the tars.
+def in_order(indexes: Mapping[str, Index]) -> tuple[TarFiles, Tensor]:
+    """The images of tars, in the order of their labels and names, however they are dealt out to the tars.
 
-    It is the order of a folder with one subfolder per class.
+    It is the order of a folder with one subfolder per class. Images of the same label and name are in the order of
+    their tars.
+
+    Args:
+        indexes: the index of each tar, by its path.
 
     Returns:
         The images, and their labels, (N,) int64.
-
-    Raises:
-        InputError: if a tar cannot be used, or an index cannot be written.
     """
-    indexes = read_indexes(tars, cache_dir)
-    owners = np.repeat(np.arange(len(tars), dtype=np.int32), [len(one.labels) for one in indexes])
-    labels, offsets, sizes, names = (np.concatenate(parts) for parts in zip(*indexes, strict=True))
-    stamps = [(int(stamp["size"]), int(stamp["modified"])) for stamp in map(stamp_of, tars)]
+    tars = list(indexes)
+    owners = np.repeat(np.arange(len(tars), dtype=np.int32), [len(one.labels) for one in indexes.values()])
+    *parts, stamps = zip(*indexes.values(), strict=True)
+    labels, offsets, sizes, names = map(np.concatenate, parts)
     order = torch.from_numpy(np.lexsort((names, labels)))
     return TarFiles(tars, stamps, owners, offsets, sizes, names).select(order), torch.from_numpy(labels)[order]
 
@@ -400,12 +428,14 @@ class _Tar:
 
     def __init__(self, path: str, stamp: tuple[int, int]) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self._descriptor)
-        if (status.st_size, status.st_mtime_ns) != stamp:
-            raise OSError(errno.ESTALE, "the tar has changed since it was indexed")
+        self._stamp = stamp
 
     def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
+        content = os.pread(self._descriptor, size, offset)
+        status = os.fstat(self._descriptor)  # a thousandth of the time that decoding takes
+        if (status.st_size, status.st_mtime_ns) != self._stamp:
+            raise OSError(errno.ESTALE, "the tar has changed since it was indexed")
+        return content
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

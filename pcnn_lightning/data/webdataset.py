@@ -1,16 +1,18 @@
 """Images in tars, in the layout of WebDataset."""
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from pcnn_lightning.checks import check_path
 from pcnn_lightning.data.base import Split
 from pcnn_lightning.data.encoded import EncodedImages
 from pcnn_lightning.data.sources import Source
-from pcnn_lightning.data.tars import Index, find_shards, read_indexes, read_tars
+from pcnn_lightning.data.tars import Index, find_shards, in_order, read_indexes
 from pcnn_lightning.errors import InputError
 
 CLASSES = "classes.txt"
@@ -20,12 +22,14 @@ CLASSES = "classes.txt"
 class WebDataset(EncodedImages):
     """Images in the tars of WebDataset, read in place in any order, with all that holds for folders of images.
 
-    A tar holds an image (``.jpg``, ``.jpeg``, ``.png`` or ``.webp``) and its label for each key, the path up to the
-    first dot of its last part. The label is an integer: the text of a member ending in ``.cls``, or ``label`` or
-    ``cls`` in one ending in ``.json``. Each tar is scanned once, and its index is kept in a file.
+    A tar holds an image (``.jpg``, ``.png``, ``.webp``, or of the other kinds that folders may hold) and its label for
+    each key, the path up to the first dot of its last part. The label is an integer: the text of a member ending in
+    ``.cls``, or ``label`` or ``cls`` in one ending in ``.json``. Each tar is scanned once, and its index is kept in a
+    file.
 
     The order of the images is that of labels and names, however they are dealt out to tars. So a run is that of a
-    folder of the same images, and tars may be packed anew between two runs, or between two halves of one.
+    folder of the same images, and tars may be packed anew between two runs, or between two halves of one, as long as no
+    two images of a split have the same label and name.
 
     Args:
         root: folder of the dataset.
@@ -33,7 +37,8 @@ class WebDataset(EncodedImages):
             list of these; relative to ``root``. None takes the folder ``root/train``.
         val: tars of the validation images, likewise; None takes ``root/val`` if it exists.
         test: tars of the test images, likewise; None takes ``root/test`` if it exists.
-        num_classes: number of classes; None takes the number of ``classes``, or the largest label plus one.
+        num_classes: number of classes; None takes the number of ``classes``, or the largest label plus one if each
+            label up to it has images.
         classes: names of the classes, by label; None takes the lines of ``root/classes.txt`` if it exists.
         cache_dir: folder for what is made of the tars, their indexes; None keeps each beside its tar, or in
             ``~/.cache/pcnn_lightning`` if that folder is read-only.
@@ -72,30 +77,48 @@ class WebDataset(EncodedImages):
         Raises:
             InputError: if there are no tars, or one cannot be used.
         """
-        self._indexes(self.tars())
+        _ = self._indexed
 
     def find_classes(self, num_classes: int | None) -> tuple[list[str], str]:
         file = self.root / CLASSES
         if file.is_file():
-            names = file.read_text(encoding="utf-8").splitlines()
-            if not names or not all(names) or len(set(names)) < len(names):
+            try:
+                names = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file} must be UTF-8 text: {error}") from None
+            if not all(names) or len(set(names)) < len(names):
                 raise InputError(f"{file} must have a different name in each line")
             return names, f"{file} has"
         if num_classes is None:
-            num_classes = self.largest_label() + 1
+            labels = self.labels_found()
+            num_classes = labels[-1] + 1
+            if missing := num_classes - len(labels):
+                first = next(label for label, found in enumerate(labels) if label != found)
+                raise InputError(
+                    f"{self.root} has labels up to {labels[-1]:,}, but {missing:,} of these classes have no images, "
+                    f"the first of them {first}: set --data.num_classes {num_classes}, if that is as it should be"
+                )
         return [str(label) for label in range(num_classes)], ""
 
-    def largest_label(self) -> int:
-        """Find the largest label of all splits."""
-        return max(int(index.labels.max()) for index in self._indexes(self.tars()))
+    def labels_found(self) -> list[int]:
+        """Find the labels of all splits, in ascending order."""
+        of_tars = [index.labels for indexes in self._indexed.values() for index in indexes.values()]
+        found: list[int] = np.unique(np.concatenate(of_tars)).tolist()
+        return found
 
-    def _indexes(self, tars: dict[Split, list[str]]) -> list[Index]:
-        return read_indexes([tar for of_split in tars.values() for tar in of_split], self.cache_dir)
+    @cached_property
+    def _indexed(self) -> dict[Split, dict[str, Index]]:
+        """The indexes of the tars of each split."""
+        tars = self.tars()
+        found = read_indexes([tar for of_split in tars.values() for tar in of_split], self.cache_dir)
+        return {split: {tar: found[tar] for tar in of_split} for split, of_split in tars.items()}
 
     def find_files(self) -> dict[Split, tuple[Source, Tensor]]:
-        tars = self.tars()
-        self._indexes(tars)  # of all splits at a time
-        return {split: read_tars(of_split, self.cache_dir) for split, of_split in tars.items()}
+        found: dict[Split, tuple[Source, Tensor]] = {
+            split: in_order(indexes) for split, indexes in self._indexed.items()
+        }
+        del self._indexed  # it would take as much memory again
+        return found
 
     def tars(self) -> dict[Split, list[str]]:
         """Find the tars of each split that there is.

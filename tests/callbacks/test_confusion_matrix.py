@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,3 +78,31 @@ def test_a_test_writes_confusions_classes_and_top5(tmp_path, logged):
 def test_few_classes_have_no_top5():
     (found,) = tiny_trainer().test(tiny_pcnn(), tiny_digits(), verbose=False)
     assert set(found) == {"test/accuracy", "test/cross_entropy", "test/projection_loss", "test/loss"}
+
+
+def test_deterministic_runs_and_other_numbers_of_classes_than_the_data(tmp_path):
+    """A network may have more outputs than the data has classes; then labels stand for their names."""
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer = tiny_trainer(logger=logger, deterministic=True, callbacks=[ConfusionMatrix()])
+    (found,) = trainer.test(tiny_pcnn(num_classes=12), tiny_digits(), verbose=False)
+    header, *rows = rows_of(f"{logger.log_dir}/confusion_binary.csv")
+    assert header[1:] == [row[0] for row in rows] == [str(label) for label in range(12)]
+    counts = np.array([row[1:] for row in rows], int)
+    assert counts[10:].sum() == 0
+    assert counts.trace() / counts.sum() == pytest.approx(found["test/accuracy"])
+
+
+class Plain(LightningModule):
+    """A module from outside the package, without hyperparameters."""
+
+    stage_name = "plain"
+
+    def test_step(self, batch):
+        labels = batch[1]
+        return {"predictions": labels, "labels": labels}
+
+
+def test_a_module_without_num_classes_leaves_no_matrix(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    tiny_trainer(logger=logger, callbacks=[ConfusionMatrix()]).test(Plain(), tiny_digits(), verbose=False)
+    assert not list(Path(logger.log_dir).glob("confusion*"))

@@ -208,7 +208,7 @@ def measure_large_index(root: Path, count: int = 1_300_000, shards: int = 147) -
         labels = rng.integers(0, 1000, size)
         numbers = zip(labels.tolist(), rng.integers(0, 10**8, size).tolist(), strict=True)
         names = np.array([b"n%08d/n%08d_%d.JPEG" % (label, label, number) for label, number in numbers])
-        return tars.Index(labels, np.arange(size) * 110_000, np.full(size, 110_000), names)
+        return tars.Index(labels, np.arange(size) * 110_000, np.full(size, 110_000), names, tars.stamp_of(tar))
 
     paths = [folder / f"{number:03d}.tar" for number in range(shards)]
     for path in paths:
@@ -217,7 +217,7 @@ def measure_large_index(root: Path, count: int = 1_300_000, shards: int = 147) -
     tars.read_indexes([str(path) for path in paths])
     tars.scan = scan
     before, began = memory(), time.perf_counter()
-    files, labels = tars.read_tars([str(path) for path in paths])
+    files, labels = tars.in_order(tars.read_indexes([str(path) for path in paths]))
     held = sum(array.nbytes for array in (files.owners, files.offsets, files.sizes, files.names)) + labels.nbytes
     seconds, grown = time.perf_counter() - began, memory() - before
     kept = sum(path.stat().st_size for path in folder.glob("*.index"))

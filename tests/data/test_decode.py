@@ -40,10 +40,11 @@ def test_lossless_rgb(tmp_path, suffix):
     assert np.array_equal(decoded(Image.fromarray(RGB), tmp_path / f"a.{suffix}", **options), RGB)
 
 
-def test_a_jpeg_equals_pillows_own_decoding(tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_equals_pillows_own_decoding(tmp_path, mode):
     file = tmp_path / "a.JPEG"
-    random_image(np.random.default_rng(0), 32, 24).save(file, format="JPEG")
-    pixels = np.asarray(Image.open(file))
+    random_image(np.random.default_rng(0), 32, 24).convert(mode).save(file, format="JPEG")
+    pixels = np.asarray(Image.open(file).convert("RGB"))
     assert np.array_equal(decode(str(file)), pixels)
     (tensor,), failures = decode_all(Files([str(file)]), (32, 24), fit=False)
     assert failures == {}

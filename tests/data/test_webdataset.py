@@ -1,10 +1,13 @@
 """Tars, against the folders of the same images, and everything that can be wrong with them."""
 
 import gzip
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from pcnn_lightning.data import ImageFolder, WebDataset, tars
 from pcnn_lightning.data.datasets import MemoryImages
 from pcnn_lightning.data.decode import decode
 from pcnn_lightning.data.disk import DiskImages
-from pcnn_lightning.data.tars import expand, read_tars, scan
+from pcnn_lightning.data.tars import expand, in_order, read_indexes, scan
 from pcnn_lightning.errors import InputError
 
 COUNTS = {"train": {"cat": 14, "dog": 9, "owl": 10}, "test": {"cat": 2, "dog": 3, "owl": 2}}
@@ -150,6 +153,7 @@ def test_the_configuration_of_imagenet_runs_from_tars(root, monkeypatch):
     [
         ("a-{000..002}.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
         ("{9..11}", ["9", "10", "11"]),
+        ("{11..09}", ["11", "10", "09"]),
         ("{a,b}/{1..2}.tar", ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]),
         ("one.tar", ["one.tar"]),
     ],
@@ -178,11 +182,33 @@ def test_tars_are_named_by_patterns(root, train):
         ("train/{002..003}.tar", r"train/003\.tar does not lead to images: expected a file, or a folder of .* \.tar"),
         ("train/x*.tar", r"train/x\*\.tar does not lead to images"),
         (["train", "train/001.tar"], r"train/001\.tar must be named once"),
+        (["train", "train/../train/001.tar"], r"train/001\.tar must be named once"),
+        ("train/{000,{001,002}}.tar", "must have pairs of braces, and none within another"),
     ],
 )
 def test_patterns_that_lead_nowhere_or_twice_to_a_tar(root, train, message):
     with pytest.raises(InputError, match=message):
         WebDataset(str(root), train=train)
+
+
+def test_a_pattern_passes_over_what_lies_beside_the_tars(root):
+    """The indexes, which are there from the second time on, and what macOS writes."""
+    (root / "train/._000.tar").write_bytes(b"not a tar")
+    for _ in range(2):
+        data = WebDataset(str(root), train="train/*", **DISK)
+        assert len(data.train_set) == len(WebDataset(str(root), **DISK).train_set)
+
+
+def test_classes_without_images_are_asked_for(root):
+    with tarfile.open(root / "train/001.tar", "a") as tar:
+        for name, content in (("z.jpg", jpeg(root.parent)), ("z.cls", b"7")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    message = r"labels up to 7, but 4 of these classes have no images, the first of them 3: set --data\.num_classes 8"
+    with pytest.raises(InputError, match=message):
+        WebDataset(str(root))
+    assert WebDataset(str(root), num_classes=8, **DISK).class_counts[7] == 1
 
 
 def test_without_tars(tmp_path):
@@ -222,6 +248,11 @@ def test_names_of_classes(root):
     assert WebDataset(str(root)).classes == ["Katze", "Hund", "Eule é"]
     with pytest.raises(InputError, match=r"num_classes is 2, but .*classes\.txt has 3: set --data\.num_classes 3"):
         WebDataset(str(root), num_classes=2)
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfKatze\nHund\nEule")
+    assert WebDataset(str(root)).classes == ["Katze", "Hund", "Eule"]
+    (root / "classes.txt").write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(InputError, match=r"classes\.txt must be UTF-8 text"):
+        WebDataset(str(root))
     (root / "classes.txt").write_text("a\na\n")
     with pytest.raises(InputError, match=r"classes\.txt must have a different name in each line"):
         WebDataset(str(root))
@@ -248,10 +279,16 @@ GOOD = {"a.jpg": b"x" * 700, "a.cls": "0"}
         ({"a.jpg": b"x", "a.json": "{"}, r"in a\.json must be"),
         ({"a.jpg": b"x", "a.json": '{"label": true}'}, r"in a\.json must be .* 'True'"),
         ({**GOOD, "a.png": b"x"}, r"t\.tar has two images of the key a: a\.jpg and a\.png"),
+        ({**GOOD, "a.CLS": "1"}, r"t\.tar has two labels of the key a: a\.cls and a\.CLS"),
+        ({**GOOD, "./a.jpg": b"x"}, r"t\.tar has two images of the key a: a\.jpg and a\.jpg"),
+        ({**GOOD, "b.cls": "0"}, r"t\.tar: b\.cls is a label without an image"),
         (
-            {"a.cls": "0", "a.txt": "x"},
-            r"t\.tar holds no images: expected members ending in \.jpg, \.jpeg, \.png, \.webp",
+            {**GOOD, "v1.5.png": b"x", "v1.cls": "0"},
+            r"v1\.5\.png is no image of a key of its own, which ends",
         ),
+        ({"a.jpg": b"x", "a.cls": "1_0"}, r"in a\.cls must be .* got '1_0'"),
+        ({"a.jpg": b"x", "a.json": "[" * 20_000}, r"in a\.json must be"),
+        ({"a.txt": "x"}, r"t\.tar holds no images: expected members ending in .*\.jpeg, .*\.png, .*\.webp"),
     ],
 )
 def test_members_that_are_wrong_are_named(tmp_path, members, message):
@@ -259,6 +296,38 @@ def test_members_that_are_wrong_are_named(tmp_path, members, message):
     with pytest.raises(InputError, match=message) as caught:
         WebDataset(str(tmp_path), num_classes=1).prepare_data()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_refused(tmp_path, kind):
+    path = make_tar(tmp_path / "train/t.tar", GOOD)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = kind, "a.jpg"
+        tar.addfile(link)
+    with pytest.raises(InputError, match=r"t\.tar: b\.jpg is a link, so that it cannot be read in place"):
+        scan(str(path))
+
+
+def test_sparse_members_are_refused(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.seek(1_000_000)
+        file.write(b"x")
+    (tmp_path / "a.cls").write_text("0")
+    subprocess.run(["tar", "-S", "-cf", "t.tar", "a.jpg", "a.cls"], cwd=tmp_path, check=True)
+    with pytest.raises(InputError, match=r"t\.tar: a\.jpg is sparse, so that it cannot be read in place"):
+        scan(str(tmp_path / "t.tar"))
+
+
+def test_tars_of_a_current_folder_are_those_of_its_contents(root, tmp_path):
+    """As ``tar -cf x.tar .`` writes them, with ``./`` before each name, and entries of folders."""
+    (tmp_path / "plain").mkdir()
+    with tarfile.open(root / "train/000.tar") as tar:
+        tar.extractall(tmp_path / "plain", filter="data")
+    subprocess.run(["tar", "-cf", "../dotted.tar", "."], cwd=tmp_path / "plain", check=True)
+    expected, found = scan(str(root / "train/000.tar")), scan(str(tmp_path / "dotted.tar"))
+    label_of = [dict(zip(index.names.tolist(), index.labels.tolist(), strict=True)) for index in (expected, found)]
+    assert label_of[0] == label_of[1]
 
 
 @pytest.mark.parametrize(
@@ -294,8 +363,24 @@ def test_an_image_that_cannot_be_decoded_is_named_or_left_out(tmp_path, num_work
         list(WebDataset(str(tmp_path), **options).train_dataloader())
     data = WebDataset(str(tmp_path), skip_corrupt=True, **options)
     assert len(data.train_set) == 5
-    assert data.state_dict()["left_out"] == ["train/t.tar:c.jpg"]
+    assert data.state_dict()["left_out"] == ["c.jpg"]
     assert len(list(data.train_dataloader())) == 2
+
+
+def test_what_is_left_out_is_known_again_in_other_tars(folder, tmp_path):
+    """A run goes on with tars packed anew, and with a class that has no images in any split."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    for name in ("cat/000.png", "cat/005.png", "owl/003.png", "owl/004.png"):
+        for file in (damaged / "train").glob(f"{name.removesuffix('png')}*"):
+            file.write_bytes(file.read_bytes()[:-40])
+    first, second = (pack(damaged, tmp_path / f"packed-{seed}", tars=4, seed=seed) for seed in range(2))
+    options = {"num_classes": 4, "skip_corrupt": True, "batch_size": 4, "val_fraction": 0.2, **DISK}
+    before, after = WebDataset(str(first), **options), WebDataset(str(second), **options)
+    expected = batches(before)
+    assert len(before.state_dict()["left_out"]) == 4
+    after.load_state_dict(before.state_dict())
+    assert same(batches(after), expected)
 
 
 # --- the index ------------------------------------------------------------------------------------------------------
@@ -333,11 +418,20 @@ def test_a_tar_is_scanned_once_and_again_when_it_has_changed(folder, root, monke
 
 
 def test_a_tar_that_has_changed_since_is_not_read(root):
-    files, _ = read_tars([str(root / "test/000.tar")])
+    files, _ = in_order(read_indexes([str(root / "test/000.tar")]))
     os.utime(root / "test/000.tar", ns=(0, 5))
     with pytest.raises(InputError, match=r"test/000\.tar:\w+/.* the tar has changed since it was indexed") as caught:
         decode(files, 0)
     assert "skip_corrupt" not in str(caught.value)
+
+
+def test_a_tar_that_changes_while_it_is_open_is_not_read_on(root):
+    files, _ = in_order(read_indexes([str(root / "test/000.tar")]))
+    decode(files, 0)
+    with (root / "test/000.tar").open("r+b") as tar:
+        tar.write(b"x" * 100)
+    with pytest.raises(InputError, match="the tar has changed since it was indexed"):
+        decode(files, 0)
 
 
 @pytest.mark.parametrize("given", [True, False])
