@@ -41,7 +41,7 @@ from pcnn_lightning.cli.run_folder import (
 from pcnn_lightning.cli.subcommands import OneBitTrainer, image_size_of, summary_of
 from pcnn_lightning.cli.sweep.arguments import add_sweep_arguments, split_arguments
 from pcnn_lightning.data.memory import amount, available_memory
-from pcnn_lightning.devices import computes_bf16
+from pcnn_lightning.devices import computes_bf16, keep_freed_memory
 from pcnn_lightning.errors import DivergedError, InputError
 from pcnn_lightning.families import FAMILIES
 from pcnn_lightning.files import SUMMARY, is_packed, write_whole
@@ -268,6 +268,8 @@ class OneBitCLI(LightningCLI):
             return
         if subcommand == "sweep":
             return  # follows when this is complete
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
