@@ -28,11 +28,13 @@ class ConfusionMatrix(DrawingCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: Tensor | None = None  # (C · C,), true and predicted class of each image, on the device
+        self._counts: Tensor | None = None  # (C, C), true and predicted class of each image, on the device
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         classes = pl_module.hparams.get("num_classes")
-        self._counts = None if classes is None else torch.zeros(classes**2, dtype=torch.int64, device=pl_module.device)
+        self._counts = (
+            None if classes is None else torch.zeros(classes, classes, dtype=torch.int64, device=pl_module.device)
+        )
 
     def on_test_batch_end(
         self,
@@ -46,20 +48,19 @@ class ConfusionMatrix(DrawingCallback):
         if self._counts is not None and isinstance(outputs, Mapping) and "predictions" in outputs:
             # Neither torch's bincount, which waits for the device, nor torchmetrics', which takes B · C² numbers of
             # memory in deterministic runs.
-            places = outputs["labels"] * pl_module.hparams["num_classes"] + outputs["predictions"]
-            self._counts.index_add_(0, places, torch.ones_like(places))
+            labels = outputs["labels"]
+            self._counts.index_put_((labels, outputs["predictions"]), torch.ones_like(labels), accumulate=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found, self._counts = self._counts, None
         self.begin_test(trainer)
         if found is None:
             return
-        size = pl_module.hparams["num_classes"]
-        counts = trainer.strategy.reduce(found, reduce_op="sum").view(size, size).cpu()
+        counts = trainer.strategy.reduce(found, reduce_op="sum").cpu()
         if not counts.any():  # the module does not say what it predicts
             return
         names = getattr(trainer.datamodule, "classes", None) or []  # type: ignore[attr-defined]
-        classes = names if len(names) == size else [str(label) for label in range(size)]
+        classes = names if len(names) == len(counts) else [str(label) for label in range(len(counts))]
         correct, images = counts.diag(), counts.sum(dim=1)
         stage = str(pl_module.stage_name)
         self.write(

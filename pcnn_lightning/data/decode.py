@@ -53,8 +53,10 @@ def _decode(source: Source, index: int, grayscale: bool) -> Tensor:
             with suppress(RuntimeError):  # Pillow says what is wrong
                 # The pixels of Pillow in two thirds of its time: it decodes to four bytes a pixel, copied twice.
                 pixels: Tensor = decode_jpeg(content)
-                if len(pixels) in (1, 3):
-                    return pixels.expand(3, -1, -1)
+                if len(pixels) == 3:
+                    return pixels
+                if len(pixels) == 1:
+                    return pixels.permute(1, 2, 0).expand(-1, -1, 3).contiguous().permute(2, 0, 1)
             file.seek(0)
         with _open(file) as image:
             return _pixels(image, grayscale)
@@ -113,6 +115,8 @@ def unreadable(failures: Mapping[str, Exception], listed: str = "", can_be_left_
         can_be_left_out: whether to advise ``skip_corrupt``, if it would help.
     """
     some = "; ".join(f"{file} cannot be read as an image: {_reason(failures[file])}" for file in list(failures)[:10])
+    if any(isinstance(error, OSError) and error.errno == errno.ESTALE for error in failures.values()):
+        return InputError(f"{some}: start the run again")
     one = len(failures) == 1
     counted = "" if one else f"{len(failures):,} files: "
     more = f"; and {len(failures) - 10:,} more{listed}" if len(failures) > 10 else ""

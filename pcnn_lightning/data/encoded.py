@@ -164,7 +164,7 @@ class EncodedImages(ImageDataModule):
         """
         super().load_state_dict(state_dict)
         before, now = state_dict["left_out"], self.state_dict()["left_out"]
-        if self.is_fitting and before != now:
+        if self.is_fitting and sorted(before) != sorted(now):
             raise InputError(
                 f"of the images of this run, {some_of(before) or 'none'} were corrupt and left out, but now "
                 f"{some_of(now) or 'none'}: restore the files as they were, or start a new run with init_from"
@@ -292,7 +292,7 @@ class EncodedImages(ImageDataModule):
         if others := {file: error for file, error in by_name.items() if not is_corrupt(error)}:
             raise self._refusal(others)
         left_out = self._left_out[split] = list(by_name)
-        self._recorded[split] = sorted(files.identity(index, self.root) for index in failures)
+        self._recorded[split] = [files.identity(index, self.root) for index in failures]
         if self.trainer and self.trainer.world_size > 1:
             of_first = self.trainer.strategy.broadcast(left_out)
             if odd := sorted(set(of_first) ^ set(left_out)):

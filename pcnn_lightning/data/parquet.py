@@ -12,11 +12,12 @@ from typing import Any
 
 from pcnn_lightning.data.base import Split
 from pcnn_lightning.data.memory import amount
-from pcnn_lightning.data.tars import FORMAT, places, stamp_of, work_on, writable
+from pcnn_lightning.data.tars import places, stamp_of, work_on, writable
 from pcnn_lightning.data.webdataset import CLASSES, WebDataset
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import replacing
 
+_FORMAT = "1"  # of the copies
 _ROWS = 64  # read at a time
 _MAGIC = {b"\x89PNG": "png", b"RIFF": "webp"}  # all else is taken for JPEG, and named when it is decoded
 
@@ -36,7 +37,8 @@ class ParquetImages(WebDataset):
         test: Parquet files of the test images, likewise; None takes ``root/test`` if it exists.
         image_column: column of the images, either their bytes or a structure with ``bytes``.
         label_column: column of the labels, integers.
-        num_classes: number of classes; None takes the number of ``classes``, or the largest label plus one.
+        num_classes: number of classes; None takes the number of ``classes``, or the largest label plus one if each
+            label up to it has images.
         classes: names of the classes, by label; None takes the lines of ``root/classes.txt`` if it exists, or the names
             that the ``datasets`` library has written to the files.
         cache_dir: folder for the tars; None keeps each beside its Parquet file, or in ``~/.cache/pcnn_lightning`` if
@@ -92,7 +94,7 @@ class ParquetImages(WebDataset):
 
     def _copy_of(self, file: str) -> Path:
         """The tar of a file as it is now, and of these columns."""
-        made_of = (FORMAT, *stamp_of(file), self.image_column, self.label_column)
+        made_of = (_FORMAT, *map(str, stamp_of(file)), self.image_column, self.label_column)
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
         paths = places(file, f".{digest}.tar", self.cache_dir)
         return next((path for path in paths if path.is_file()), writable(paths))
@@ -142,8 +144,8 @@ def _names_of_classes(file: str, label_column: str) -> list[str] | None:
 def _labels(file: str, label_column: str) -> set[int]:
     opened = _opened(file)
     _check_column(file, opened.schema_arrow, "label_column", label_column)
-    labels = opened.read([label_column])[label_column].unique().to_pylist()
-    return {label for label in labels if isinstance(label, int) and label >= 0}
+    labels = opened.read([label_column])[label_column].to_pylist()
+    return {label for label in labels if isinstance(label, int) and label >= 0}  # the others are refused when copied
 
 
 def _copy(file: str, copies: dict[str, Path], image_column: str, label_column: str) -> str | None:

@@ -43,7 +43,7 @@ IMAGES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 """Extensions of the members that are images: those of the files in folders."""
 LABEL_KEYS = ("label", "cls")
 """Names of a label in a member ending in ``.json``; the first one found is taken."""
-FORMAT = "1"
+FORMAT = "2"
 """Version of the index files."""
 
 _ARRAYS = ("labels", "offsets", "sizes", "names")
@@ -118,7 +118,7 @@ def find_shards(root: Path, patterns: str | Sequence[str], suffix: str) -> list[
             else:
                 files = [path] if path.is_file() else []
             if not files:
-                expected = f"a file, or a folder of files ending in {suffix}"
+                expected = f"a file, or a folder or pattern of files ending in {suffix}"
                 raise InputError(f"{path} does not lead to images: expected {expected}")
             found += map(str, files)
     if twice := [path for path, times in Counter(map(os.path.realpath, found)).items() if times > 1]:
@@ -168,11 +168,11 @@ def _scan(tar: str, file: BinaryIO) -> Index:
             if not stem or not (member.isfile() or member.islnk() or member.issym()):
                 continue
             key, kind = f"{folder}/{base.partition('.')[0]}", extension.rpartition(".")[2]
-            if kind in (*IMAGES, *about) and (member.issparse() or not member.isfile()):
+            if extension in (*IMAGES, *about) and (member.issparse() or not member.isfile()):
                 what = "sparse" if member.issparse() else "a link"
                 raise InputError(f"{tar}: {name} is {what}, so that it cannot be read in place: pack whole files")
             last, place = name, (member.offset_data, member.size, name)
-            if member.offset_data + member.size > status.st_size:
+            if not member.issparse() and member.offset_data + member.size > status.st_size:
                 raise InputError(f"{tar} is truncated within its member {last}")
             if extension in (*IMAGES, *about):
                 those = images if extension in IMAGES else about[extension]
@@ -182,8 +182,11 @@ def _scan(tar: str, file: BinaryIO) -> Index:
                 those[key] = place
             elif kind in IMAGES:
                 strange[key] = name
-        if os.pread(descriptor, _BLOCK, members.offset) != bytes(_BLOCK):
+        rest = os.pread(descriptor, 2**20, members.offset)  # more than any usual padding
+        if rest[:_BLOCK] != bytes(_BLOCK):
             raise InputError(f"{tar} is truncated, or damaged, after its member {last}")
+        if any(rest):
+            raise InputError(f"{tar} goes on after its end, as if several were joined: name each, or join by tar -A")
     if lost := [name for key, name in strange.items() if key not in images]:
         raise InputError(f"{tar}: {lost[0]} is no image of a key of its own, which ends at the first dot: rename it")
     if lost := [name for key, (_, _, name) in about["cls"].items() if key not in images]:
@@ -250,8 +253,8 @@ def places(file: str, ending: str, cache_dir: Path | None) -> list[Path]:
     place = hashlib.sha256(os.fsencode(os.path.abspath(beside.parent))).hexdigest()[:12]  # noqa: PTH100
     if cache_dir is not None:
         return [cache_dir / place / beside.name]
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  # also without a home
-    return [beside, Path(caches) / "pcnn_lightning" / place / beside.name]
+    caches = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))  # noqa: PTH111
+    return [beside, *([caches / "pcnn_lightning" / place / beside.name] if caches.is_absolute() else [])]
 
 
 def writable(paths: Sequence[Path]) -> Path:
@@ -390,7 +393,7 @@ class TarFiles(Source):
         return f"{self.tars[self.owners[index]]}:{os.fsdecode(self.names[index])}"
 
     def identity(self, index: int, root: Path) -> str:
-        return os.fsdecode(self.names[index])
+        return f"{os.fsdecode(self.names[index])} of {self.sizes[index]} bytes"  # names alone may be those of others
 
     def select(self, indices: Tensor) -> "TarFiles":
         chosen = indices.numpy()

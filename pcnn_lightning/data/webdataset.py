@@ -77,7 +77,7 @@ class WebDataset(EncodedImages):
         Raises:
             InputError: if there are no tars, or one cannot be used.
         """
-        _ = self._indexed
+        _ = self._files
 
     def find_classes(self, num_classes: int | None) -> tuple[list[str], str]:
         file = self.root / CLASSES
@@ -92,11 +92,11 @@ class WebDataset(EncodedImages):
         if num_classes is None:
             labels = self.labels_found()
             num_classes = labels[-1] + 1
-            if missing := num_classes - len(labels):
-                first = next(label for label, found in enumerate(labels) if label != found)
+            if num_classes > len(labels):
+                missing = next(label for label, found in enumerate(labels) if label != found)
                 raise InputError(
-                    f"{self.root} has labels up to {labels[-1]:,}, but {missing:,} of these classes have no images, "
-                    f"the first of them {first}: set --data.num_classes {num_classes}, if that is as it should be"
+                    f"{self.root} has {len(labels):,} labels up to {labels[-1]}, and no image of label {missing}: "
+                    f"set --data.num_classes {num_classes}, if that is as it should be"
                 )
         return [str(label) for label in range(num_classes)], ""
 

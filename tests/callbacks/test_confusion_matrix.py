@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_digits, tiny_pcnn, tiny_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcnn_lightning import ConfusionMatrix, ImageDataModule
 from pcnn_lightning.data.datasets import MemoryImages
@@ -80,16 +81,42 @@ def test_few_classes_have_no_top5():
     assert set(found) == {"test/accuracy", "test/cross_entropy", "test/projection_loss", "test/loss"}
 
 
-def test_deterministic_runs_and_other_numbers_of_classes_than_the_data(tmp_path):
-    """A network may have more outputs than the data has classes; then labels stand for their names."""
+def test_a_network_of_more_classes_than_the_data(tmp_path):
+    """Labels stand for the names."""
     logger = TensorBoardLogger(tmp_path, name="run")
-    trainer = tiny_trainer(logger=logger, deterministic=True, callbacks=[ConfusionMatrix()])
+    trainer = tiny_trainer(logger=logger, callbacks=[ConfusionMatrix()])
     (found,) = trainer.test(tiny_pcnn(num_classes=12), tiny_digits(), verbose=False)
     header, *rows = rows_of(f"{logger.log_dir}/confusion_binary.csv")
     assert header[1:] == [row[0] for row in rows] == [str(label) for label in range(12)]
     counts = np.array([row[1:] for row in rows], int)
     assert counts[10:].sum() == 0
     assert counts.trace() / counts.sum() == pytest.approx(found["test/accuracy"])
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.found = max(self.found, result.numel())
+        return result
+
+
+def test_a_batch_takes_no_memory_but_its_own_in_deterministic_runs():
+    """Torch's bincount, and torchmetrics' matrix with it, compares each image with all C² places there."""
+    callback, model = ConfusionMatrix(), tiny_pcnn(num_classes=30)
+    callback.on_test_start(tiny_trainer(), model)
+    labels = torch.arange(60) % 30
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Largest() as largest:
+            callback.on_test_batch_end(tiny_trainer(), model, {"predictions": labels, "labels": labels}, None, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 60 <= largest.found <= 900
 
 
 class Plain(LightningModule):

@@ -90,6 +90,7 @@ def test_names_of_classes_are_those_of_the_datasets_library(folder, tmp_path):
         ),
         ({"image": [b"x"], "label": [-1]}, {}, r"row 0 must have .* an integer of at least 0 in label, .* and -1$"),
         ({"image": [b"x"], "label": [0.5]}, {}, r"row 0 must have .* and 0\.5$"),
+        ({"image": [b"x"], "label": [[0]]}, {"num_classes": None}, r"row 0 must have .* and \[0\]$"),
         ({"image": [{"path": "x"}], "label": [0]}, {}, r"row 0 must have the bytes of an image in image"),
         ({"img": [b"x"], "label": [0]}, {}, r"no column image: set --data\.image_column to one of img, label$"),
         ({"img": [b"x"], "fine": [0]}, {"image_column": "img"}, r"no column label: set --data\.label_column to one of"),
@@ -99,7 +100,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, columns, options, message)
     (tmp_path / "train").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "train/a.parquet")
     with pytest.raises(InputError, match=message) as caught:
-        ParquetImages(str(tmp_path), num_classes=1, **options).prepare_data()
+        ParquetImages(str(tmp_path), **{"num_classes": 1, **options}).prepare_data()
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.parquet"], "nothing half is left"
 

@@ -179,7 +179,10 @@ def test_tars_are_named_by_patterns(root, train):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ("train/{002..003}.tar", r"train/003\.tar does not lead to images: expected a file, or a folder of .* \.tar"),
+        (
+            "train/{002..003}.tar",
+            r"train/003\.tar does not lead to images: expected a file, or a folder or pattern of",
+        ),
         ("train/x*.tar", r"train/x\*\.tar does not lead to images"),
         (["train", "train/001.tar"], r"train/001\.tar must be named once"),
         (["train", "train/../train/001.tar"], r"train/001\.tar must be named once"),
@@ -205,7 +208,7 @@ def test_classes_without_images_are_asked_for(root):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    message = r"labels up to 7, but 4 of these classes have no images, the first of them 3: set --data\.num_classes 8"
+    message = r"has 4 labels up to 7, and no image of label 3: set --data\.num_classes 8"
     with pytest.raises(InputError, match=message):
         WebDataset(str(root))
     assert WebDataset(str(root), num_classes=8, **DISK).class_counts[7] == 1
@@ -309,6 +312,16 @@ def test_links_are_refused(tmp_path, kind):
         scan(str(path))
 
 
+def test_links_and_sparse_members_that_are_no_images_are_passed_over(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "a.cls").write_text("0")
+    (tmp_path / "a.seg.png").symlink_to("a.jpg")
+    with (tmp_path / "a.npy").open("wb") as file:
+        file.truncate(1_000_000)
+    subprocess.run(["tar", "-S", "-cf", "t.tar", "a.jpg", "a.cls", "a.seg.png", "a.npy"], cwd=tmp_path, check=True)
+    assert scan(str(tmp_path / "t.tar")).names.tolist() == [b"a.jpg"]
+
+
 def test_sparse_members_are_refused(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as file:
         file.seek(1_000_000)
@@ -338,6 +351,7 @@ def test_tars_of_a_current_folder_are_those_of_its_contents(root, tmp_path):
         (lambda content: content[:2560], r"t\.tar is truncated, or damaged, after its member a\.cls"),
         (lambda content: content[:2800], r"t\.tar is truncated, or damaged, after its member a\.cls"),
         (lambda content: content[:2560] + b"x" * 4096, r"t\.tar is truncated, or damaged, after its member a\.cls"),
+        (lambda content: content * 2, r"t\.tar goes on after its end, as if several were joined: .* join by tar -A"),
         (lambda _: b"no tar" * 500, r"t\.tar cannot be read as a tar"),
         (lambda _: b"", r"t\.tar cannot be read as a tar"),
     ],
@@ -363,7 +377,7 @@ def test_an_image_that_cannot_be_decoded_is_named_or_left_out(tmp_path, num_work
         list(WebDataset(str(tmp_path), **options).train_dataloader())
     data = WebDataset(str(tmp_path), skip_corrupt=True, **options)
     assert len(data.train_set) == 5
-    assert data.state_dict()["left_out"] == ["c.jpg"]
+    assert data.state_dict()["left_out"] == [f"c.jpg of {len(image) - 200} bytes"]
     assert len(list(data.train_dataloader())) == 2
 
 
@@ -379,8 +393,27 @@ def test_what_is_left_out_is_known_again_in_other_tars(folder, tmp_path):
     before, after = WebDataset(str(first), **options), WebDataset(str(second), **options)
     expected = batches(before)
     assert len(before.state_dict()["left_out"]) == 4
-    after.load_state_dict(before.state_dict())
     assert same(batches(after), expected)
+    assert after.state_dict()["left_out"] == before.state_dict()["left_out"]
+
+
+def test_what_is_left_out_is_not_taken_for_another_image_of_its_name(tmp_path):
+    rng, left_out = np.random.default_rng(0), []
+    images = []
+    for number in range(6):
+        random_image(rng, 20 + number).save(tmp_path / "one.jpg")
+        images.append((tmp_path / "one.jpg").read_bytes())
+    for damaged in (0, 3):
+        for label in range(2):
+            members: dict[str, bytes | str] = {f"{number}.cls": str(label) for number in range(3)}
+            for number in range(3):
+                image = images[3 * label + number]
+                members[f"{number}.jpg"] = image[:-30] if 3 * label + number == damaged else image
+            make_tar(tmp_path / f"{damaged}/train/{label}.tar", members)
+        data = WebDataset(str(tmp_path / str(damaged)), skip_corrupt=True, val_fraction=0, **DISK)
+        assert len(data.train_set) == 5
+        left_out.append(data.state_dict()["left_out"])
+    assert left_out[0] != left_out[1]
 
 
 # --- the index ------------------------------------------------------------------------------------------------------
@@ -420,9 +453,9 @@ def test_a_tar_is_scanned_once_and_again_when_it_has_changed(folder, root, monke
 def test_a_tar_that_has_changed_since_is_not_read(root):
     files, _ = in_order(read_indexes([str(root / "test/000.tar")]))
     os.utime(root / "test/000.tar", ns=(0, 5))
-    with pytest.raises(InputError, match=r"test/000\.tar:\w+/.* the tar has changed since it was indexed") as caught:
+    message = r"test/000\.tar:\w+/.* the tar has changed since it was indexed: start the run again$"
+    with pytest.raises(InputError, match=message):
         decode(files, 0)
-    assert "skip_corrupt" not in str(caught.value)
 
 
 def test_a_tar_that_changes_while_it_is_open_is_not_read_on(root):
