@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,16 @@ def test_a_sweep_can_have_more_values_later_but_no_other_settings(command):
     command(*SWEEP, more, "--trainer.max_epochs=7", "--print").is_refused("other arguments", "--trainer.max_epochs=1")
     Path("runs/sweep.yaml").write_text("runs: [1]")
     command(*SWEEP, ETA, "--print").is_refused("sweep.yaml", "damaged")
+
+
+def test_a_value_keeps_its_settings_within_a_sweep(command):
+    sweep = ["sweep", "own.yaml", *RUN, "--out=runs", "--print"]
+    Path("own.yaml").write_text("grid: {rate: {none: {}, low: {model.eta1: 0.05}}}")
+    assert command(*sweep).code == 0
+    shutil.rmtree("runs/rate=low")
+    for changed, mentioned in [("{model.eta1: 0.02}", "--model.eta1=0.02"), ("{}", "nothing")]:
+        Path("own.yaml").write_text(f"grid: {{rate: {{low: {changed}}}}}")
+        command(*sweep).is_refused("rate=low", "--model.eta1=0.05", mentioned)
 
 
 def test_a_run_that_is_none_of_a_sweep_is_refused(command):

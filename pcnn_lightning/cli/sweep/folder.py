@@ -64,11 +64,17 @@ class SweepFolder:
             there = self.path / run.name / CONFIG
             if there.is_file() and (changed := _difference(there.read_text(encoding="utf-8"), config)):
                 raise InputError(f"out: {there} belongs to another sweep: {changed}: name another folder")
-        known = [(key, label) for key, axis in plan.grid.items() for label in axis if label in record["grid"][key]]
-        same = all(record["grid"][key][label] == plan.grid[key][label] for key, label in known)
-        if record["arguments"] != plan.shared or not same:
+        if record["arguments"] != plan.shared:
             before = shlex.join(record["arguments"]) or "none"
             raise InputError(f"out: {self.path} belongs to a sweep with other arguments, {before}: name another folder")
+        for key, axis in plan.grid.items():
+            for label in axis.keys() & record["grid"][key].keys():
+                if (there := record["grid"][key][label]) != axis[label]:
+                    before, after = (shlex.join(one) or "nothing" for one in (there, axis[label]))
+                    raise InputError(
+                        f"out: {self.path} belongs to another sweep: {key}={label} sets {before} there and {after} "
+                        "here: name another folder, or give the value another name"
+                    )
 
     def _recorded(self) -> dict[str, Any]:
         record = self.path / SWEEP
