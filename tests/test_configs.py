@@ -186,7 +186,8 @@ def test_the_teacher_is_the_twin_of_its_student():
     assert teacher == f"{of_teacher['run_dir']}/version_0/checkpoints/full_precision.ckpt"
     assert of_student["data"] == of_teacher["data"]
     twin, trained = ({**model.hparams} for model in (build("cifar_distilled").twin(), build("cifar_full_precision")))
-    assert {name for name in twin if twin[name] != trained[name]} == {"temperature"}
+    different = {name for name in twin if twin[name] != trained[name]}
+    assert different == {"temperature", "distill_loss_weight", "task_loss_weight"}
 
 
 def test_mcn_variants_differ_in_one_setting():

@@ -197,7 +197,7 @@ def _import_timm(name: str) -> Any:
     try:
         timm = importlib.import_module("timm")
     except ImportError:
-        raise InputError(f"backbone: timm/{name} needs timm: pip install 'pcnn-lightning[timm]'") from None
+        raise InputError(f"backbone: timm/{name} needs timm: pip install '.[timm]'") from None
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 10)
         raise InputError(f"backbone: timm has no {name}; names like it are {', '.join(close) or 'none'}")

@@ -40,7 +40,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     Modules receive ``(images, labels)``, (B, C, H, W) float32 and (B,) int64, or only ``images`` for prediction. With
     mixup or cutmix, the labels of training are probabilities, (B, num_classes) float32. Batches are augmented and
-    normalized on the device that uses them. Order and augmentation depend on (seed, epoch, step) alone, not on the
+    normalized on the device that uses them. Order and augmentation depend on (seed, epoch, image) alone, not on the
     number of workers or processes, on the global random state, or on whether the run was resumed from a checkpoint.
 
     To add a dataset, write a subclass that sets the class attributes below and implements :meth:`load`.

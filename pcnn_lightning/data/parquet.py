@@ -23,7 +23,7 @@ _MAGIC = {b"\x89PNG": "png", b"RIFF": "webp"}  # all else is taken for JPEG, and
 
 
 class ParquetImages(WebDataset):
-    """Images in Parquet files, as the Hugging Face Hub distributes them; needs ``pip install pcnn-lightning[parquet]``.
+    """Images in Parquet files, as the Hugging Face Hub distributes them; needs ``pip install '.[parquet]'``.
 
     Parquet compresses hundreds of rows together, so that reading one image means to read all of them. Therefore the
     images are copied to tars once, as they are, which takes as much of the disk again. Then all is as in
@@ -115,7 +115,7 @@ def _opened(file: str) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise InputError("Parquet files need pyarrow: pip install 'pcnn-lightning[parquet]'") from None
+        raise InputError("Parquet files need pyarrow: pip install '.[parquet]'") from None
     try:
         return parquet.ParquetFile(file)
     except (ArrowException, OSError) as error:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import sys
 import tarfile
 from collections import Counter
@@ -39,6 +38,11 @@ from pcnn_lightning.data.sources import Source
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import write_whole
 
+try:
+    import resource
+except ImportError:  # Windows, where 512 files can be open
+    resource = None  # type: ignore[assignment]
+
 IMAGES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 """Extensions of the members that are images: those of the files in folders."""
 LABEL_KEYS = ("label", "cls")
@@ -49,7 +53,7 @@ FORMAT = "2"
 _ARRAYS = ("labels", "offsets", "sizes", "names")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two of zeros
-_OPEN = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # tars; the rest of the files is for others
+_OPEN = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2) if resource else 64  # tars; the rest is for others
 
 
 class Index(NamedTuple):

@@ -154,7 +154,7 @@ def test_networks_of_timm_are_adapted_by_timm(tmp_path):
 
 def test_timm_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"pip install 'pcnn-lightning\[timm\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[timm\]'"):
         external_network("timm/resnet18d", 10, 3)
 
 

@@ -121,7 +121,7 @@ def test_damaged_files_a_full_disk_and_a_missing_library_are_named(folder, tmp_p
     with pytest.raises(InputError, match=r"train-1\.parquet cannot be read as a Parquet file: "):
         ParquetImages(str(root), **SPLITS, num_classes=2).prepare_data()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"Parquet files need pyarrow: pip install 'pcnn-lightning\[parquet\]'"):
+    with pytest.raises(InputError, match=r"Parquet files need pyarrow: pip install '\.\[parquet\]'"):
         ParquetImages(str(root), **SPLITS)
 
 
