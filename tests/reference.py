@@ -6,6 +6,7 @@ them.
 
 import datetime
 import itertools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,12 +51,13 @@ def quantize(
 
 
 def normalize(weight: Tensor, normalization: str) -> Tensor:
-    """C with the mean of each filter subtracted, and divided by its deviation; autograd can differentiate it."""
+    """C with the mean of each filter subtracted, and its deviation made √(2 / n); autograd can differentiate it."""
     filters = []
     for kernel in weight:
         centered = kernel - kernel.sum() / kernel.numel() if normalization != "none" else kernel
         variance = centered.square().sum() / kernel.numel()
-        filters.append(centered / variance.sqrt() if normalization == "standardize" else centered)
+        deviation = math.sqrt(2 / kernel.numel())
+        filters.append(centered * deviation / variance.sqrt() if normalization == "standardize" else centered)
     return torch.stack(filters)
 
 

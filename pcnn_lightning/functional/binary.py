@@ -28,19 +28,22 @@ def binarize(
     r"""Binarize kernels.
 
     .. math::
-        V = \frac{C - \mu}{\sigma}, \qquad D = a\,\mathrm{sign}(V), \qquad a = \mathrm{mean}|V|, \qquad
+        V = \sqrt{\frac{2}{n}}\, \frac{C - \mu}{\sigma}, \qquad D = a\,\mathrm{sign}(V), \qquad
+        a = \mathrm{mean}|V|, \qquad
         \frac{\partial L}{\partial V} = \frac{\partial L}{\partial D} \circ [\,|V| \le 1\,]
 
-    with μ, σ and a taken over each filter (a over the whole layer with ``scaling="layer"``). Without normalization, μ
-    is 0 and σ is 1. The gradient flows through μ and σ, but a is held constant. The papers' gradients are a times as
-    large, in XNOR-Net with a further term :math:`\frac{1}{n} \frac{\partial L}{\partial D}` for filters of n elements.
+    with μ, σ and a taken over the n elements of each filter (a over the whole layer with ``scaling="layer"``). With
+    ``normalization="center"``, V is C − μ, and without it, V is C. The gradient flows through μ and σ, but a is held
+    constant. The papers' gradients are a times as large, in XNOR-Net with a further term
+    :math:`\frac{1}{n} \frac{\partial L}{\partial D}`.
 
     Args:
         weight: C, (O, in, kh, kw).
         scaling: one a per output ``"channel"``, per ``"layer"``, or a = 1 (``"none"``).
         gradient: ``"clip"`` passes the gradient where \|V\| <= 1, ``"identity"`` everywhere, and ``"scaled"`` a times
             the gradient where \|V\| <= 1.
-        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ; see :func:`normalize_filters`.
+        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ √(n / 2); see
+            :func:`normalize_filters`.
 
     Returns:
         D, (O, in, kh, kw).

@@ -1,5 +1,6 @@
 """Normalization of filters before they are quantized."""
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -11,14 +12,17 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
     r"""Center or standardize each filter, as IR-Net does before it takes signs.
 
     .. math::
-        \tilde C = \frac{C - \mu}{\sigma}
+        \tilde C = \sqrt{\frac{2}{n}}\, \frac{C - \mu}{\sigma}
 
-    with the mean μ and the standard deviation σ of the in · kh · kw elements of each filter, through which the gradient
-    flows (Qin et al., CVPR 2020, https://arxiv.org/abs/1909.10788). A filter of equal elements becomes zero.
+    with the mean μ and the standard deviation σ of the n = in · kh · kw elements of each filter, through which the
+    gradient flows (Qin et al., CVPR 2020, https://arxiv.org/abs/1909.10788). The factor, which IR-Net does not have,
+    leaves filters the standard deviation that He et al. draw them with: in the blocks of this package, no batch norm
+    follows a convolution, so that features of another scale would add up. A filter of equal elements becomes zero.
 
     Args:
         weight: C, (O, in, kh, kw).
-        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ, ``"none"`` returns C.
+        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ √(n / 2), ``"none"`` returns
+            C.
 
     Returns:
         The normalized kernels, (O, in, kh, kw).
@@ -32,9 +36,10 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    filters = (1, 2, 3)
+    filters, elements = (1, 2, 3), weight[0].numel()
     if normalization != "none":
         weight = weight - weight.mean(dim=filters, keepdim=True)
     if normalization == "standardize":
-        weight = weight / weight.std(dim=filters, correction=0, keepdim=True).clamp(min=1e-12)
+        deviation = weight.std(dim=filters, correction=0, keepdim=True).clamp(min=1e-12)
+        weight = math.sqrt(2 / elements) * weight / deviation
     return weight

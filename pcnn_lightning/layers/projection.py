@@ -43,9 +43,7 @@ class ProjectionConv2d(QuantizedConv2d):
             whose W has the opposite sign of the mean points uphill.
         normalization: ``"center"`` or ``"standardize"`` each filter of C before it is projected, or ``"none"``; see
             :func:`pcnn_lightning.functional.normalize_filters`. All equations are then those of the normalized kernels
-            C̃, the scale a = mean|C̃| and the projection loss included, and the gradient flows on to C. Standardized
-            kernels are about √(fan_in / 2) times as large as He et al. draw C, which makes the loss fan_in / 2 times
-            as large: λ has to be smaller.
+            C̃, the scale a = mean|C̃| and the projection loss included, and the gradient flows on to C.
 
     Attributes:
         weight: C, (out_channels / J, in_channels / groups, kh, kw).

@@ -74,10 +74,10 @@ def test_equal_elements_and_nan(scaling, gradient, normalization):
     assert binarize(torch.full((2, 1, 2, 2), torch.nan), **options).isnan().all()
 
 
-def test_a_standardized_filter_is_balanced_and_has_unit_deviation():
+def test_a_standardized_filter_is_balanced_and_has_the_deviation_of_a_new_one():
     weight = torch.randn(8, 16, 3, 3, dtype=torch.float64) + 3
     assert binarize(weight, scaling="none").mean() > 0.9
     balanced = binarize(weight, scaling="none", normalization="standardize")
     assert balanced.mean(dim=(1, 2, 3)).abs().max() < 0.3
     scale = binarize(weight, normalization="standardize").abs().amax(dim=(1, 2, 3))
-    torch.testing.assert_close(scale, torch.full_like(scale, (2 / torch.pi) ** 0.5), rtol=0.1, atol=0)
+    torch.testing.assert_close(scale, torch.full_like(scale, (2 / torch.pi * 2 / (16 * 9)) ** 0.5), rtol=0.1, atol=0)

@@ -15,7 +15,7 @@ def expected_kernels(layer):
     kernels = []
     for kernel in layer.weight:
         if getattr(layer, "normalization", "none") == "standardize":
-            kernel = (kernel - kernel.mean()) / kernel.std(correction=0)
+            kernel = (kernel - kernel.mean()) / kernel.std(correction=0) * (2 / kernel.numel()) ** 0.5
         for plane in range(layer.planes):
             if isinstance(layer, ProjectionConv2d):
                 matrix = layer.projection[plane]
