@@ -96,6 +96,7 @@ EXPECTED = {  # family, backbone, J or K, stage, and what else must hold for eac
     "cifar100": ("PCNN", "wrn22", 4, "ternary", {}),
     "cifar_binary": ("PCNN", "wrn22", 4, "binary", {"projection_loss_weight": 1e-4}),
     "cifar_distilled": ("PCNN", "wrn22", 4, "binary", {}),
+    "cifar_short": ("PCNN", "wrn10", 1, "binary", {"projection_loss_weight": 1e-4}),
     "digits": ("PCNN", "wrn7", 1, "ternary", {}),
     "resnet20_cifar": ("BNN", "wrn22", 1, "binary", {"normalization": "standardize"}),
     "imagenet_resnet18": ("PCNN", "resnet18", 1, "binary", {}),
@@ -112,7 +113,7 @@ def test_layers(name):
     family, backbone, planes, stage, attributes = EXPECTED[name]
     model = build(name)
     assert (model.family, model.hparams["backbone"], model.planes, model.stage) == (family, backbone, planes, stage)
-    depth = {"wrn22": 18, "wrn7": 3, "resnet18": 16, "mcn20": 19, "mcn8": 7}[backbone]
+    depth = {"wrn22": 18, "wrn10": 6, "wrn7": 3, "resnet18": 16, "mcn20": 19, "mcn8": 7}[backbone]
     layers = [layer for layer in model.one_bit_layers.values() if layer.kernel_size == (3, 3)]
     assert len(layers) == depth
     for layer in layers:
