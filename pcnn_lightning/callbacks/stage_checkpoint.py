@@ -16,7 +16,7 @@ from pcnn_lightning.checkpoints import use_atomic_io
 from pcnn_lightning.checks import check_bool, check_choice
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.files import check_writable, write_whole
-from pcnn_lightning.stages import is_stage_name
+from pcnn_lightning.stages import ENTERING, is_stage_name
 from pcnn_lightning.tables import text_table
 
 RECORD, LAST = "stages.json", "last.ckpt"
@@ -233,7 +233,8 @@ def best_checkpoint(folder: Path) -> Path | None:
     try:
         stages = json.loads(record.read_text(encoding="utf-8"))
         names = [str(Path(stages[stage]["checkpoint"])) for stage in stages]
-        if not names or not all(map(is_stage_name, stages)) or any(Path(name).name != name for name in names):
+        known = all(is_stage_name(stage.removeprefix(ENTERING)) for stage in stages)
+        if not names or not known or any(Path(name).name != name for name in names):
             raise ValueError("it does not name the checkpoint of each stage")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise InputError(f"{record} is damaged ({error}): name a checkpoint in its folder instead") from None

@@ -85,6 +85,18 @@ def test_a_plan_in_a_file_is_recorded_stage_by_stage(command):
     assert {path.name for path in folder.iterdir()} >= {"real", "binary", "binary_2"}  # charts of TensorBoard
 
 
+def test_the_best_of_a_stage_that_layers_enter_is_tested(command):
+    plan = "--stage_plan.stages=[{stage: real, epochs: 1}, {stage: binary, layer_by_layer: 0.5}]"
+    run = command(*RUN, plan, "--trainer.max_epochs=3")
+    assert run.code == 0, run.err
+    record = json.loads(Path("runs/default/version_0/checkpoints/stages.json").read_text())
+    assert list(record) == ["real", "to_binary", "binary"]
+    tested = command("test", *RUN[1:], plan, "--ckpt_path=best")
+    assert tested.code == 0, tested.err
+    with Path("runs/default/version_0/test.csv").open() as file:
+        assert [row["stage"] for row in csv.DictReader(file)] == ["binary"]
+
+
 def test_a_callback_of_the_trainer_replaces_the_default_of_its_class(command):
     callbacks = ["--trainer.callbacks+=KernelHistograms", "--trainer.callbacks.bins=7"]
     run = command(*RUN, *callbacks, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss")
