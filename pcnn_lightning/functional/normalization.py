@@ -21,8 +21,7 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
 
     Args:
         weight: C, (O, in, kh, kw).
-        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ √(n / 2), ``"none"`` returns
-            C.
+        normalization: ``"center"`` subtracts μ, ``"standardize"`` also divides by σ √(n / 2), ``"none"`` does nothing.
 
     Returns:
         The normalized kernels, (O, in, kh, kw).
@@ -41,5 +40,5 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
         weight = weight - weight.mean(dim=filters, keepdim=True)
     if normalization == "standardize":
         deviation = weight.std(dim=filters, correction=0, keepdim=True).clamp(min=1e-12)
-        weight = math.sqrt(2 / elements) * weight / deviation
+        weight = weight * (math.sqrt(2 / elements) / deviation)
     return weight

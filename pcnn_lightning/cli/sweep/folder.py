@@ -68,9 +68,9 @@ class SweepFolder:
             before = shlex.join(record["arguments"]) or "none"
             raise InputError(f"out: {self.path} belongs to a sweep with other arguments, {before}: name another folder")
         for key, axis in plan.grid.items():
-            for label in axis.keys() & record["grid"][key].keys():
-                if (there := record["grid"][key][label]) != axis[label]:
-                    before, after = (shlex.join(one) or "nothing" for one in (there, axis[label]))
+            for label, arguments in axis.items():
+                if (there := record["grid"][key].get(label, arguments)) != arguments:
+                    before, after = (shlex.join(one) or "nothing" for one in (there, arguments))
                     raise InputError(
                         f"out: {self.path} belongs to another sweep: {key}={label} sets {before} there and {after} "
                         "here: name another folder, or give the value another name"
