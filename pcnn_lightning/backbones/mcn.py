@@ -183,6 +183,9 @@ class PlaneConv(nn.Module):
 
 
 def non_linear(activation: Activation) -> nn.Module:
-    """Return the binarizing activation, or ReLU if activations are real: these blocks have no other nonlinearity."""
+    """A binarizing activation, or a ReLU while activations are real: these blocks have no other nonlinearity."""
     layer = activation()
-    return nn.ReLU() if isinstance(layer, nn.Identity) else layer
+    if isinstance(layer, nn.Identity):
+        return nn.ReLU()
+    layer.replaces_relu = True  # type: ignore[assignment]
+    return layer

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from pcnn_lightning.callbacks.monitor import monitored
 from pcnn_lightning.checkpoints import use_atomic_io
 from pcnn_lightning.checks import check_bool, check_choice
 from pcnn_lightning.errors import InputError
@@ -109,12 +110,7 @@ class StageCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_saving(trainer) or trainer.sanity_checking:
             return
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise InputError(f"StageCheckpoint cannot watch {self.monitor}, which is not logged; there is {known}")
-        # That of the first process, so that all of them decide alike.
-        value = trainer.strategy.broadcast(float(metrics[self.monitor]))
+        value = monitored(self, trainer, self.monitor)
         if self._is_better(value, self.stages.get(str(pl_module.stage_name), {}).get("value")):
             if trainer.is_last_batch:
                 self._value = value  # the checkpoint is to hold the whole epoch

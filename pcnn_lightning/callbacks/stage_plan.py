@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from pcnn_lightning.callbacks.monitor import monitored
 from pcnn_lightning.checks import check_integer
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.stages import ENTERING, Stage, StagedModule, check_length, named
@@ -63,7 +64,7 @@ class StagePlan(Callback):
         self.patience, self.monitor = patience, monitor
         self.best = float("-inf")
         self.validations_since_best = 0
-        self._is_announced = False  # that the run ends before the last stage
+        self._has_warned = False  # that the run ends before the last stage
 
     def concerns(self, module: StagedModule) -> bool:
         """Whether the module has stages to go through: a full-precision network has not."""
@@ -84,14 +85,37 @@ class StagePlan(Callback):
             raise InputError("a run can have one StagePlan or StageSwitch only, but has several")
         if not self.concerns(module):
             return
-        try:
-            for name, one in self.stages.items():
-                module.check_stage(name, one)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        self.check(module, trainer)
         module.next_plan = self.stages
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self.begin_run(module)
+
+    def check(self, module: StagedModule, trainer: Trainer) -> None:
+        """Require that the module can be trained in each stage, and that the stages fit into the run.
+
+        Raises:
+            InputError: names the stage, and what is allowed.
+        """
+        try:
+            for stage, one in self.stages.items():
+                module.check_stage(stage, one)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        name, last, epochs = type(self).__name__, self.names[-1], _epochs_of(trainer)
+        if epochs < 0 and any(one.epochs is not None and one.epochs < 1 for one in self.stages.values()):
+            raise InputError(f"{name} with shares of the run needs trainer.max_epochs to be set")
+        if epochs < 0 and self.stages[last].layer_by_layer:
+            raise InputError(f"stage {last}: layer_by_layer needs trainer.max_epochs to be set")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        first_epochs, end = self._boundaries(epochs)
+        if end is not None and end != epochs:
+            raise InputError(
+                f"the stages of {name} end at epoch {end}, but trainer.max_epochs is {epochs}: "
+                "change one of them, or leave out the epochs of the last stage"
+            )
+        if 0 <= epochs <= first_epochs[-1] and not self.may_end_early:
+            raise InputError(f"stage {last} begins at epoch {first_epochs[-1]}, but trainer.max_epochs is {epochs}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(StagedModule, pl_module)
@@ -100,25 +124,12 @@ class StagePlan(Callback):
             kinds = ", ".join(module.trained_stages)
             rank_zero_info(f"{name} has nothing to do: {type(module).__name__} has only the stages {kinds}")
             return
-        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
-        if epochs < 0 and any(one.epochs is not None and one.epochs < 1 for one in self.stages.values()):
-            raise InputError(f"{name} with shares of the run needs trainer.max_epochs to be set")
-        self.first_epochs, end = self._boundaries(epochs)
-        if end is not None and end != epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise InputError(
-                f"the stages of {name} end at epoch {end}, but trainer.max_epochs is {epochs}: "
-                "change one of them, or leave out the epochs of the last stage"
-            )
-        if epochs >= 0 and self.first_epochs[-1] >= epochs and not (self.may_end_early or trainer.fast_dev_run):  # type: ignore[attr-defined]
-            raise InputError(
-                f"stage {self.names[-1]} begins at epoch {self.first_epochs[-1]}, but trainer.max_epochs is {epochs}"
-            )
-        if self.stages[self.names[-1]].layer_by_layer and epochs < 0:
-            raise InputError(f"stage {self.names[-1]}: layer_by_layer needs trainer.max_epochs to be set")
+        epochs = _epochs_of(trainer)
+        self.first_epochs, _ = self._boundaries(epochs)
         index = self._index(module)
         module.stage_end = self._end(index)
         if index < len(self.stages) - 1:
-            self._is_announced = self.patience is None and self._announce(trainer, module, epochs)
+            self._has_warned = self.patience is None and self._warn_if_short(trainer, module, epochs)
 
     def _boundaries(self, epochs: int) -> tuple[list[int], int | None]:
         """The first epoch of each stage, and that after the last one; None if it takes the rest of the run."""
@@ -136,8 +147,8 @@ class StagePlan(Callback):
     def _end(self, index: int) -> int | None:
         return self.first_epochs[index + 1] if index + 1 < len(self.stages) else None
 
-    def _announce(self, trainer: Trainer, module: StagedModule, epochs: int) -> bool:
-        """Warn if the run is to end before the last stage."""
+    def _warn_if_short(self, trainer: Trainer, module: StagedModule, epochs: int) -> bool:
+        """Warn if the run ends before the last stage, and return whether it does."""
         if math.isinf(trainer.num_training_batches):
             return False
         updates = -(-trainer.num_training_batches // module.hparams.get("accumulate", 1))
@@ -181,20 +192,16 @@ class StagePlan(Callback):
         stage, count = self.stages[self.names[self._index(module)]], len(module.one_bit_layers)
         start, end = module.stage_start, module.stage_end or trainer.max_epochs
         entered = stage.layers_entered(count, trainer.current_epoch - start, end - start)  # type: ignore[operator]
-        module.enter_layers(entered)
-        if entered == count:
-            forget_best(trainer)
+        if entered > module.entered:
+            module.enter_layers(entered)
+            forget_best(trainer)  # the network was better before
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(StagedModule, pl_module)
         waits = self.patience is not None and module.plan and module.stage_name in self.names[:-1]
         if not waits or trainer.sanity_checking:
             return
-        if self.monitor not in trainer.callback_metrics:
-            name, known = type(self).__name__, ", ".join(sorted(trainer.callback_metrics))
-            raise InputError(f"{name} cannot watch {self.monitor}, which is not logged; there is {known}")
-        # That of the first process, so that all of them decide alike.
-        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        value = monitored(self, trainer, self.monitor)
         if value > self.best:
             self.best, self.validations_since_best = value, 0
         else:
@@ -202,7 +209,7 @@ class StagePlan(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(StagedModule, pl_module)
-        if not module.plan or self._is_announced or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not module.plan or self._has_warned or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if (index := self._index(module)) < len(self.stages) - 1:
             name, first = self.names[index + 1], self.first_epochs[index + 1]
@@ -247,6 +254,11 @@ class StageSwitch(StagePlan):
         if module.stage != "ternary":
             raise InputError(f"StageSwitch needs a model with stage: ternary, but the model's is {module.stage}")
         super().begin_run(module)
+
+
+def _epochs_of(trainer: Trainer) -> int:
+    """``max_epochs``; -1 for a run without an end."""
+    return -1 if trainer.max_epochs is None else trainer.max_epochs
 
 
 def forget_best(trainer: Trainer) -> None:

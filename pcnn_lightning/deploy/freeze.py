@@ -2,9 +2,9 @@
 
 A frozen network has the modules of the trained one under the same names, with four exceptions: each 1-bit layer is
 replaced by its inference layer (:meth:`QuantizedConv2d.frozen`), ``nn.BatchNorm2d`` by :class:`FrozenBatchNorm2d`,
-1-bit activations with thresholds by a batch norm and a sign, and dropout, also of whole blocks, and activations that
-are not enabled by the identity. Another runtime can walk the modules and read everything it needs from their
-attributes.
+1-bit activations with thresholds by a batch norm and a sign, activations that are not enabled by the identity or the
+ReLU that they are, and dropout, also of whole blocks, by the identity. Another runtime can walk the modules and read
+everything it needs from their attributes.
 """
 
 import copy
@@ -37,7 +37,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     if isinstance(module, QuantizedConv2d):
         return _freeze_layer(module)
     if isinstance(module, SignActivation) and not module.enabled:
-        return nn.Identity()
+        return nn.ReLU() if module.replaces_relu else nn.Identity()
     if isinstance(module, SignActivation) and module.threshold is not None:
         return module.frozen()
     if isinstance(module, nn.BatchNorm2d):

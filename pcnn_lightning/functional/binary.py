@@ -15,13 +15,14 @@ from torch import Tensor
 from pcnn_lightning.functional.normalization import Normalization, normalize_filters
 from pcnn_lightning.functional.signs import sign, sign_activation, straight_through
 
+Scaling = Literal["layer", "channel", "none"]
 WeightGradient = Literal["clip", "identity", "scaled"]
 
 
 def binarize(
     weight: Tensor,
     *,
-    scaling: Literal["layer", "channel", "none"] = "channel",
+    scaling: Scaling = "channel",
     gradient: WeightGradient = "clip",
     normalization: Normalization = "none",
 ) -> Tensor:

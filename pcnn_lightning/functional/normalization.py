@@ -17,7 +17,8 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
     with the mean μ and the standard deviation σ of the n = in · kh · kw elements of each filter, through which the
     gradient flows (Qin et al., CVPR 2020, https://arxiv.org/abs/1909.10788). The factor, which IR-Net does not have,
     leaves filters the standard deviation that He et al. draw them with: in the blocks of this package, no batch norm
-    follows a convolution, so that features of another scale would add up. A filter of equal elements becomes zero.
+    follows a convolution, so that features of another scale would add up. A filter of equal elements becomes zero, and
+    has no gradient.
 
     Args:
         weight: C, (O, in, kh, kw).
@@ -35,10 +36,12 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
+    if normalization == "none":
+        return weight
     filters, elements = (1, 2, 3), weight[0].numel()
-    if normalization != "none":
-        weight = weight - weight.mean(dim=filters, keepdim=True)
-    if normalization == "standardize":
-        deviation = weight.std(dim=filters, correction=0, keepdim=True).clamp(min=1e-12)
-        weight = weight * (math.sqrt(2 / elements) / deviation)
-    return weight
+    centered = weight - weight.mean(dim=filters, keepdim=True)
+    if normalization == "center":
+        return centered
+    deviation = centered.std(dim=filters, correction=0, keepdim=True)
+    equal = deviation <= 1e-6 * weight.detach().abs().amax(dim=filters, keepdim=True)  # but for rounding
+    return (centered * (math.sqrt(2 / elements) / deviation.masked_fill(equal, 1))).masked_fill(equal, 0)

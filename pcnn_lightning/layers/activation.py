@@ -4,9 +4,11 @@ from collections import OrderedDict
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcnn_lightning.checks import check_choice, check_integer
+from pcnn_lightning.errors import InputError
 from pcnn_lightning.functional import SignGradient, sign_activation
 from pcnn_lightning.layers.batch_norm import FrozenBatchNorm2d
 
@@ -29,15 +31,17 @@ class SignActivation(nn.Module):
 
     Attributes:
         enabled: False passes x on as it is, as in a stage of training with real activations.
+        replaces_relu: whether the layer stands in the place of a ReLU, which it is while it is not enabled.
         threshold: t, (channels,); None without thresholds.
-        is_set: whether a batch has set the thresholds.
+        is_set: 1 if a batch has set the thresholds, else 0; averaged weights have a value in between.
 
     Raises:
-        ValueError: if ``gradient`` is neither, or ``threshold`` is no positive integer. In the first batch, if more
-            than 98 % of the signs are equal.
+        ValueError: if ``gradient`` is neither, or ``threshold`` is no positive integer.
+        InputError: in the first batch, if more than 98 % of the signs are equal.
     """
 
     is_set: Tensor
+    replaces_relu = False
 
     def __init__(self, gradient: SignGradient = "clip", threshold: int | None = None, name: str = "") -> None:
         super().__init__()
@@ -47,14 +51,15 @@ class SignActivation(nn.Module):
         if threshold is not None:
             check_integer("threshold", threshold, 1)
             self.threshold = nn.Parameter(torch.zeros(threshold))
-            self.register_buffer("is_set", torch.tensor(False))
+            self.register_buffer("is_set", torch.tensor(0.0))  # a float, so that it can be averaged
         self._is_ready = False  # known without a look at the buffer, for which a GPU would have to be waited for
 
     def forward(self, x: Tensor) -> Tensor:
         """Signs of x, (B, C, H, W)."""
         if not self.enabled:
             # A parameter without a gradient would make DDP wait for it.
-            return x if self.threshold is None else x + 0 * self.threshold[:, None, None]
+            x = x if self.threshold is None else x + 0 * self.threshold[:, None, None]
+            return F.relu(x) if self.replaces_relu else x
         if self.threshold is None:
             return sign_activation(x, self.gradient)
         if self.training and not self._is_ready:
@@ -70,15 +75,15 @@ class SignActivation(nn.Module):
             means = x.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=(0, 2, 3))
             self.threshold.copy_(_over_processes(means))
             self._check(x - self.threshold[:, None, None])
-            self.is_set.fill_(True)
+            self.is_set.fill_(1)
         self._is_ready = True
 
     def _check(self, x: Tensor) -> None:
         positive = float(_over_processes((x >= 0).float().mean()))
         if (most := max(positive, 1 - positive)) > MOST_OF_ONE_SIGN:
-            raise ValueError(
+            raise InputError(
                 f"{self.name or 'SignActivation'}: {most:.1%} of its inputs have the same sign, from which it cannot "
-                "learn: exclude it, or leave its activations real"
+                "learn: leave its activations real or, in a conversion, exclude it"
             )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

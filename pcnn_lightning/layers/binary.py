@@ -6,8 +6,8 @@ from torch import Tensor
 
 from pcnn_lightning.checks import check_choice
 from pcnn_lightning.functional import Normalization, binarize, normalize_filters
-from pcnn_lightning.functional.binary import WeightGradient
-from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d, Scaling
+from pcnn_lightning.functional.binary import Scaling, WeightGradient
+from pcnn_lightning.layers.convolution import Padding, QuantizedConv2d
 
 
 class BinaryConv2d(QuantizedConv2d):

@@ -1,16 +1,16 @@
 """The contract that every 1-bit convolution fulfils, and the layer that is left of one for inference."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcnn_lightning.checks import check_bool, check_choice, check_integer, pair_of
+from pcnn_lightning.functional.binary import Scaling
 
 Padding = tuple[int, int] | Literal["valid", "same"]
-Scaling = Literal["layer", "channel", "none"]
 
 
 class Storage(NamedTuple):
@@ -376,7 +376,7 @@ class FrozenConv2d(Convolution2d):
         super().__init__(*args, **kwargs)
         if levels not in (2, 3):
             raise ValueError(f"levels must be 2 or 3, but got {levels!r}")
-        check_choice("scaling", scaling, ("layer", "channel", "none"))
+        check_choice("scaling", scaling, get_args(Scaling))
         self.levels: int | None = levels
         self.options: dict[str, Any] = {"scaling": scaling}
         self.symbols = range(-1, 2, 2) if levels == 2 else range(-1, 2)

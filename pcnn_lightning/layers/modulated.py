@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pcnn_lightning.checks import check_choice, check_number, check_positive
+from pcnn_lightning.checks import check_bool, check_choice, check_number, check_positive
 from pcnn_lightning.functional import kmeans_1d, modulate
 from pcnn_lightning.layers.convolution import FrozenConv2d, Padding, QuantizedConv2d, Storage
 
@@ -224,8 +224,7 @@ class FrozenModulatedConv2d(FrozenConv2d):
         super().__init__(*args, **kwargs)
         if levels not in (None, 2, 3, 4):
             raise ValueError(f"levels must be 2, 3, 4 or None, but got {levels!r}")
-        if not isinstance(average, bool):
-            raise ValueError(f"average must be True or False, but got {average!r}")
+        check_bool("average", average)
         self.options = {"average": average, "levels": levels}
         self.planes, self.levels = planes, levels
         self.symbols = range(-1, 2, 2) if levels == 2 else range(levels or 0)

@@ -6,9 +6,8 @@ from typing import Any
 from torch import nn
 
 from pcnn_lightning.functional import Normalization, SignGradient
-from pcnn_lightning.functional.binary import WeightGradient
+from pcnn_lightning.functional.binary import Scaling, WeightGradient
 from pcnn_lightning.layers import BinaryConv2d, SignActivation
-from pcnn_lightning.layers.convolution import Scaling
 from pcnn_lightning.modules.classifier import OneBitClassifier
 
 
@@ -17,12 +16,13 @@ class BNN(OneBitClassifier):
 
     The loss is cross-entropy + center loss. The other keyword arguments are those of :class:`OneBitClassifier`.
 
-    ===============  =================================  =====================================================
-    XNOR-Net         (the default)                      https://arxiv.org/abs/1603.05279, without its scale of
-                                                        the activations
-    Bi-Real Net      ``activation_gradient: polynomial``  https://arxiv.org/abs/1808.00278
-    BWN              ``sign_activations: false``        https://arxiv.org/abs/1603.05279
-    ===============  =================================  =====================================================
+    ===============  ===================================  ====================================================
+    XNOR-Net         (the default)                        https://arxiv.org/abs/1603.05279, without its scale of
+                                                          the activations
+    Bi-Real Net      ``activation_gradient: polynomial``  https://arxiv.org/abs/1808.00278; as published, also
+                                                          ``weight_gradient: scaled``
+    BWN              ``sign_activations: false``          https://arxiv.org/abs/1603.05279
+    ===============  ===================================  ====================================================
 
     Args:
         sign_activations: 1-bit activations; False leaves them real.

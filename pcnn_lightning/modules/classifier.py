@@ -23,7 +23,7 @@ from pcnn_lightning.losses import CenterLoss, CrossEntropy, Distillation, LossTe
 from pcnn_lightning.modules.accumulation import check_accumulation, synced_only_if, update_of
 from pcnn_lightning.modules.conversion import build_external, check_external, is_external
 from pcnn_lightning.modules.divergence import DivergenceWatch
-from pcnn_lightning.modules.labels import check_labels, class_counts, numbers_per_class
+from pcnn_lightning.modules.labels import check_labels, class_counts, initial_class_weights
 from pcnn_lightning.modules.metrics import EpochMeans, SampleMean, accuracies
 from pcnn_lightning.modules.optimization import (
     KERNELS,
@@ -60,8 +60,8 @@ class OneBitClassifier(LightningModule):
     Args:
         num_classes: number of classes.
         in_channels: number of channels of the images.
-        image_size: height and width of the images, for the order and work of the layers of a network to convert; None
-            takes 224×224, or 32×32 if ``small_images``.
+        image_size: height and width of the images, with which a network to convert is traced; None takes 224×224, or
+            32×32 if ``small_images``.
         backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
             ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``; or a network to convert,
             such as ``torchvision/resnet18`` or ``timm/resnet18d``.
@@ -191,7 +191,7 @@ class OneBitClassifier(LightningModule):
             raise ValueError("distill_loss_weight or task_loss_weight must be positive, but both are 0")
         self.groups = self.group_settings(self.hparams)
         self._terms, self.train_means = nn.ModuleDict(), EpochMeans(num_classes)
-        class_numbers = numbers_per_class("class_weights", class_weights, num_classes)
+        class_numbers = initial_class_weights(class_weights, num_classes)
         task_weight = 1.0 if teacher is None else task_loss_weight
         self.add_term("cross_entropy", CrossEntropy(label_smoothing, class_numbers, task_weight))
         if teacher is not None and distill_loss_weight > 0:
@@ -306,7 +306,7 @@ class OneBitClassifier(LightningModule):
 
     @property
     def sign_activations(self) -> list[SignActivation]:
-        """The 1-bit activations from input to output, of which one precedes each 1-bit layer, or none."""
+        """The 1-bit activations from input to output."""
         return [module for module in self.net.modules() if isinstance(module, SignActivation)]
 
     @property
@@ -349,7 +349,8 @@ class OneBitClassifier(LightningModule):
             raise ValueError(f"stage must be one of {', '.join(self.trained_stages)} for {family}, but got {name}")
         if stage.activations == "sign" and not self.sign_activations:
             raise ValueError(f"stage {name}: activations must be real for this {family}, but got sign")
-        if unknown := [argument for argument in stage.overrides if argument not in self.hparams]:
+        given = [*stage.overrides, *(["reinit_projection"] if stage.reinit_projection is not None else [])]
+        if unknown := [argument for argument in given if argument not in self.hparams]:
             raise ValueError(f"stage {name}: {unknown[0]} is not an argument of {family}")
         settings = {**self.hparams, **stage.overrides}
         try:
@@ -371,11 +372,13 @@ class OneBitClassifier(LightningModule):
         if count <= self.entered:
             return
         self.entered = count
-        layers, activations = list(self.one_bit_layers.values()), self.sign_activations
-        for layer in layers[:count]:
+        entering = list(self.one_bit_layers.values())[:count]
+        for layer in entering:
             layer.set_stage(self._stage.stage)
-        for activation in activations[: -(-count * len(activations) // len(layers))]:
-            activation.enabled = self._stage.activations != "real"
+        modules = list(self.net.modules())
+        for module in modules if self.has_entered else modules[: modules.index(entering[-1])]:
+            if isinstance(module, SignActivation):
+                module.enabled = self._stage.activations != "real"
         if self.hparams["compile"] and self._stage.layer_by_layer:
             torch.compiler.reset()  # a network may only be compiled so often for changes of its layers
 
@@ -489,6 +492,9 @@ class OneBitClassifier(LightningModule):
                 raise InputError(f"{name} is to begin in stage {term.start}, but {stages}")
             if not self.has_begun(term) and self._never_begins(term):
                 rank_zero_warn(f"{name} takes no part: it begins at {term.start}, which this run does not reach")
+        taught = self.terms.get("distill_loss")
+        if taught is not None and self.hparams["task_loss_weight"] == 0 and not self.has_begun(taught):
+            raise InputError(f"task_loss_weight must be positive until distill_loss begins ({taught.start}), but got 0")
         split_updates = self.hparams["accumulate"] > 1 or self.trainer.world_size > 1
         for layer in self.one_bit_layers.values():
             layer.begin_training(split_updates)
@@ -539,10 +545,12 @@ class OneBitClassifier(LightningModule):
             labels: (B,), or their probabilities (B, num_classes).
             batches: number of batches and processes that the loss of an update is averaged over.
         """
-        # First, so that its activations do not come on top of those that wait for the backward pass.
-        teacher_logits = None if self._teacher is None else self._teacher(images)
-        outputs = self._outputs(images, labels, teacher_logits)
         begun = {name: term for name, term in self.terms.items() if self.has_begun(term)}
+        teacher_logits = None
+        if self._teacher is not None and "distill_loss" in begun:
+            # First, so that its activations do not come on top of those that wait for the backward pass.
+            teacher_logits = self._teacher(images)
+        outputs = self._outputs(images, labels, teacher_logits)
         return {name: term.value(outputs, batches) for name, term in begun.items()}, outputs.logits
 
     def has_begun(self, term: LossTerm) -> bool:

@@ -29,8 +29,8 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise InputError(f"labels must lie in [0, {num_classes - 1}], but the batch has {int(low)} to {int(high)}")
 
 
-def numbers_per_class(name: str, value: Any, num_classes: int) -> Sequence[float] | None:
-    """The weights of the classes that the argument ``name`` gives: ones for ``balanced``, until there are data.
+def initial_class_weights(value: Any, num_classes: int) -> Sequence[float] | None:
+    """The weights of the classes to begin with: ones for ``balanced``, until the data are known.
 
     Raises:
         ValueError: if it is neither ``balanced`` nor a positive number for each class nor None.
@@ -44,7 +44,9 @@ def numbers_per_class(name: str, value: Any, num_classes: int) -> Sequence[float
         or len(value) != num_classes
         or not all(is_number(one) and 0 < one < math.inf for one in value)
     ):
-        raise ValueError(f"{name} must be balanced or a list of {num_classes} positive numbers, but got {value!r}")
+        raise ValueError(
+            f"class_weights must be balanced or a list of {num_classes} positive numbers, but got {value!r}"
+        )
     return value
 
 

@@ -19,8 +19,7 @@ class MCN(TwoRateClassifier):
     :class:`TwoRateClassifier` and :class:`OneBitClassifier`.
 
     Args:
-        backbone: ``wrn7``, ``wrn10``, ``wrn22``, ``wrn40``, ``resnet18``, ``resnet34``, ``resnet18_cifar``,
-            ``resnet34_cifar``, ``vgg_small``, ``mcn8``, ``mcn20`` or ``mcn_small``.
+        backbone: as for :class:`OneBitClassifier`; ``mcn8``, ``mcn20`` and ``mcn_small`` are MCN's own.
         planes: K, M-Filters per layer and channels per feature map.
         average: MCN-1: one value per plane.
         levels: U, number of values of a kernel before modulation: 2 (by sign), 3 or 4 (by k-means, once per epoch).

@@ -1,7 +1,7 @@
 """One optimizer with a group of parameters for each learning rate, so that steps are counted and scaled once."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,15 +61,13 @@ def settings_of(group: str, settings: Mapping[str, GroupSettings]) -> GroupSetti
     return settings[kind]
 
 
-def group_options(
-    groups: Iterable[str], settings: Mapping[str, GroupSettings], hparams: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Options of the optimizer's groups, apart from the learning rates, which every update sets."""
-    shared = {}
+def group_options(group: str, settings: Mapping[str, GroupSettings], hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a group of the optimizer, apart from its learning rate, which every update sets."""
+    options: dict[str, Any] = {"weight_decay": settings_of(group, settings).weight_decay}
     if hparams["optimizer"] == "sgd":
         momentum = hparams["momentum"]
-        shared = {"momentum": momentum, "nesterov": hparams["nesterov"] and momentum > 0}
-    return [{**shared, "weight_decay": settings_of(name, settings).weight_decay} for name in groups]
+        options |= {"momentum": momentum, "nesterov": hparams["nesterov"] and momentum > 0}
+    return options
 
 
 def make_optimizer(
@@ -86,10 +84,9 @@ def make_optimizer(
         ValueError: if a group has no learning rate.
     """
     groups = [
-        {"params": members, "name": name, "lr": settings_of(name, settings).rate.base, **options}
-        for (name, members), options in zip(
-            parameters.items(), group_options(parameters, settings, hparams), strict=True
-        )
+        {"params": members, "name": name, "lr": settings_of(name, settings).rate.base}
+        | group_options(name, settings, hparams)
+        for name, members in parameters.items()
     ]
     return (torch.optim.SGD if hparams["optimizer"] == "sgd" else torch.optim.Adam)(groups)
 
@@ -108,9 +105,8 @@ def begin_optimization(
             "trainer.max_epochs or trainer.max_steps must be set: a multistep or cosine schedule is laid over "
             "the length of a stage"
         )
-    names = [group["name"] for group in optimizer.param_groups]
-    for group, options in zip(optimizer.param_groups, group_options(names, settings, module.settings), strict=True):
-        group.update(options)
+    for group in optimizer.param_groups:
+        group.update(group_options(group["name"], settings, module.settings))
 
 
 def set_rates(

@@ -83,12 +83,15 @@ def in_openvino(model: OneBitClassifier, data: LightningDataModule) -> OneBitCla
             installed.
     """
     frozen = PackedNetwork.of(model.net, describe(model, data))
-    description = frozen.description
+    description, stage_name = frozen.description, model.stage_name
     if not isinstance(model, PackedClassifier):  # without the quantization loss, which needs latent weights
         model = OneBitClassifier(num_classes=description.num_classes, in_channels=description.in_channels)
+        model.family = description.family
     network = Network(OrderedDict(openvino=_InOpenVINO(frozen)), description.num_classes, description.num_classes)
     network.classifier = nn.Identity()  # type: ignore[assignment]  # the features are logits
     model.net = PackedNetwork(network, description)
+    if description.stage != "full_precision":
+        model.take_stage(stage_name, Stage(cast(Any, description.stage)))
     return model
 
 
@@ -160,8 +163,8 @@ def _layer_options(layers: list[QuantizedConv2d]) -> dict[str, Any]:
 
 def _conversion(model: OneBitClassifier, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What a packed file needs to convert the network again; ``shared`` are the options of all its 1-bit layers."""
-    asked = (model.hparams["convert"] or {}).get("activations", "real")
-    kind = asked if asked == "real" or model.sign_activations[0].enabled else "off"
+    asked, signs = (model.hparams["convert"] or {}).get("activations", "real"), model.sign_activations
+    kind = "real" if asked == "real" or not signs else asked if signs[0].enabled else "off"
     converted = {one.name for one in model.conversion.converted} if model.conversion is not None else set()
     layers = {}
     for name, layer in model.one_bit_layers.items():

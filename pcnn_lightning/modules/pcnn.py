@@ -80,16 +80,17 @@ class PCNN(TwoRateClassifier):
             self._redraw_projections()
 
     def on_train_start(self) -> None:
-        if self.stage == "ternary" and self.hparams["stage"] == "binary" and not self.plan:
+        stages, first = self.trained_stages, self.hparams["stage"]
+        if self.one_bit_layers and not self.plan and stages.index(self.stage) < stages.index(first):
             raise InputError(
-                "the checkpoint is of a ternary stage, but model.stage is binary: to start a binary run from ternary "
-                "kernels, name the checkpoint as model.init_from instead of --ckpt_path"
+                f"the checkpoint is of a {self.stage} stage, but model.stage is {first}: to start a {first} run from "
+                f"{self.stage} kernels, name the checkpoint as model.init_from instead of --ckpt_path"
             )
         super().on_train_start()
 
     def start_from(self, path: str) -> None:
         super().start_from(path)
-        if self._is_to_redraw(self.stage != "real"):
+        if self._is_to_redraw(self.stage != "real" and self.has_entered):
             self._redraw_projections()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

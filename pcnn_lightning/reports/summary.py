@@ -230,7 +230,8 @@ def _stored(module: nn.Module) -> tuple[int, int, int, int]:
         bias = 0 if module.bias is None else module.bias.numel()
         return *module.storage(), module.out_channels * module.weight[0].numel() + bias
     if isinstance(module, SignActivation):
-        return 0, 0, 2 * _values(module), 0  # thresholds are stored as a batch norm, and the twin has none
+        thresholds = 0 if module.threshold is None else module.threshold.numel()
+        return 0, 0, 2 * thresholds, 0  # they are stored as a batch norm, and the twin has none
     stored = 2 * module.num_features if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) else _values(module)
     return 0, 0, stored, stored
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny import Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
+from lightning.pytorch.callbacks import EarlyStopping
+from tiny import Decline, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
 
-from pcnn_lightning import BNN, LossCurves, StageCheckpoint, StagePlan, StageSwitch
+from pcnn_lightning import BNN, LossCurves, SignActivation, StageCheckpoint, StagePlan, StageSwitch
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.stages import Stage
 
@@ -17,7 +18,8 @@ LAMB: dict[str, Any] = {"optimizer": "lamb"}
 
 
 def tiny_bnn(**arguments):
-    return BNN(in_channels=1, backbone="wrn7", widths=[2, 2, 4, 4], schedule="cosine", eta1=0.05, **arguments)
+    defaults = {"backbone": "wrn7", "widths": [2, 2, 4, 4], "schedule": "cosine", "eta1": 0.05}
+    return BNN(in_channels=1, **{**defaults, **arguments})
 
 
 class Record(Callback):
@@ -109,6 +111,29 @@ def test_layers_enter_one_after_the_other(first):
     ]
     cosine = [0.05 * 0.5 * (1 + math.cos(math.pi * quarter / 4)) for quarter in range(4)]
     assert [epoch["rate"] for epoch in of_stage] == pytest.approx(cosine)
+
+
+def test_the_signs_in_front_of_an_entered_layer_are_on():
+    """In the order of the network, whose first layer has no sign in front, and whose shortcuts share one."""
+    model = tiny_bnn(backbone="mcn8")
+    model.take_stage("real", Stage("real", activations="real"))
+    model.take_stage("binary", Stage("binary", layer_by_layer=0.5))
+    layers = list(model.one_bit_layers)
+    assert len(layers) == 9
+    for count in range(1, 10):
+        model.enter_layers(count)
+        modules = [name for name, _ in model.net.named_modules()]
+        last = modules.index(layers[count - 1])
+        for name, module in model.net.named_modules():
+            if isinstance(module, SignActivation):
+                assert module.enabled == (modules.index(name) < last)
+
+
+def test_a_run_does_not_stop_early_while_layers_enter():
+    """Each validation is worse than the one before, so that two of them end the run once all layers have entered."""
+    stop = EarlyStopping("val/declining", patience=2, mode="max")
+    record = run(tiny_bnn(), [Stage("binary", layer_by_layer=0.5)], callbacks=[Decline(), stop], max_epochs=12)
+    assert record.column("stage") == ["to_binary"] * 4 + ["binary"] * 3
 
 
 def test_the_number_of_layers_rises_to_all_of_them():
@@ -289,6 +314,23 @@ class Endless(torch.utils.data.IterableDataset):
         return iter(self.loader)
 
 
+def test_real_kernels_are_not_taken_for_binary_ones():
+    fit(tiny_pcnn(stage="real")).save_checkpoint("real.ckpt")
+    for stage in ("ternary", "binary"):
+        with pytest.raises(InputError, match=f"checkpoint is of a real stage, but model.stage is {stage}: to start a"):
+            fit(tiny_pcnn(stage=stage), ckpt_path="real.ckpt", max_epochs=2)
+    fit(tiny_pcnn(stage="binary", init_from="real.ckpt"))
+
+
+def test_layers_that_are_still_real_keep_the_projections_that_they_convolve_with():
+    fit(tiny_pcnn(stage="real")).save_checkpoint("real.ckpt")
+    before = torch.load("real.ckpt", weights_only=True)["state_dict"]
+    model = tiny_pcnn(init_from="real.ckpt", reinit_projection=True, eta1=0.0, eta2=0.0)
+    run(model, [Stage("binary", layer_by_layer=0.5)], max_epochs=2)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.endswith("projection"))
+
+
 def test_a_second_fit_goes_on_in_the_last_stage():
     model, plan = tiny_bnn(), StagePlan([Stage("real", epochs=1), Stage("binary")])
     record = Record()
@@ -304,6 +346,7 @@ def test_a_second_fit_goes_on_in_the_last_stage():
         ([Stage("ternary", epochs=1), Stage("binary")], tiny_bnn, "one of real, binary for BNN, but got ternary"),
         ([Stage("binary", activations="sign")], tiny_mcn, "activations must be real for this MCN, but got sign"),
         ([Stage("binary", eta2=0.1)], tiny_bnn, "stage binary: eta2 is not an argument of BNN"),
+        ([Stage("binary", reinit_projection=True)], tiny_mcn, "binary: reinit_projection is not an argument of MCN"),
         ([Stage("binary", eta1=-1.0)], tiny_bnn, "stage binary: eta1: a learning rate must be .* but got -1.0"),
         ([Stage("binary", **LAMB)], tiny_bnn, "stage binary: optimizer must be one of sgd, adam"),
         ([Stage("binary", momentum=1.0)], tiny_bnn, "stage binary: momentum must be"),

@@ -114,6 +114,7 @@ def test_openvino_gives_the_results_of_torch(command, trained, packed, source):
     torchs, openvinos = tested
     assert set(torchs) - {"test/projection_loss"} == set(openvinos) >= {"test/loss", "test/accuracy"}
     assert torch.equal(torchs["test/accuracy"], openvinos["test/accuracy"])
+    assert run.cli.trainer.lightning_module.stage_name == ("ternary" if "ternary" in source else "binary")
     torch.testing.assert_close(openvinos["test/cross_entropy"], torchs["test/cross_entropy"], rtol=0, atol=1e-5)
     (labels, probabilities), (found, close) = (
         labels_and_probabilities(f"{name}.csv") for name in ("torch", "openvino")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcnn_lightning.functional import binarize
+from pcnn_lightning.functional import binarize, normalize_filters
 
 SCALINGS, GRADIENTS, NORMALIZATIONS = (
     ("layer", "channel", "none"),
@@ -72,6 +72,19 @@ def test_equal_elements_and_nan(scaling, gradient, normalization):
     assert kernels.isfinite().all()
     assert weight.grad.isfinite().all()
     assert binarize(torch.full((2, 1, 2, 2), torch.nan), **options).isnan().all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, -3e-5, 1e4])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 16, 3, 3), (1, 64, 1, 1)])
+def test_a_standardized_filter_of_equal_elements_is_zero_and_has_no_gradient(shape, value):
+    weight = torch.full(shape, value)
+    mixed = torch.cat([weight, torch.randn(shape)]).requires_grad_()
+    kernels = normalize_filters(mixed)
+    kernels.square().sum().backward()
+    assert not kernels[0].any()
+    assert not mixed.grad[0].any()
+    assert kernels[1].isfinite().all()
+    assert kernels[1].any()
 
 
 def test_a_standardized_filter_is_balanced_and_has_the_deviation_of_a_new_one():

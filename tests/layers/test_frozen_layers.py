@@ -177,7 +177,7 @@ def test_arguments_of_frozen_layers():
         FrozenConv2d(2, 4, 3, levels=4)
     with pytest.raises(ValueError, match="scaling must be one of layer, channel, none, but got 'filter'"):
         FrozenConv2d(2, 4, 3, scaling="filter")
-    with pytest.raises(ValueError, match="average must be True or False, but got 1"):
+    with pytest.raises(ValueError, match="average must be true or false, but got 1"):
         FrozenModulatedConv2d(2, 4, 3, average=1)
     layer = FrozenConv2d(2, 4, (3, 5), stride=2, padding=1)
     assert (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 5), (2, 2), (1, 1), (1, 1))

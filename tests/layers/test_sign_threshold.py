@@ -6,8 +6,10 @@ import pytest
 import torch
 from reference import sign
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pcnn_lightning.deploy import freeze
+from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import SignActivation
 
 
@@ -53,10 +55,23 @@ def test_a_checkpoint_has_the_thresholds_and_that_they_are_set():
     assert (layer.threshold > 3).all()
 
 
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["equal", "EMA"])
+def test_averaged_thresholds_are_set(average):
+    layer = SignActivation(threshold=2)
+    averaged = AveragedModel(layer, multi_avg_fn=average, use_buffers=True)
+    averaged.update_parameters(layer)
+    layer(torch.randn(2, 2, 3, 3) + 5)
+    averaged.update_parameters(layer)
+    before = averaged.module.threshold.detach().clone()
+    assert before.all()
+    averaged.train()(torch.randn(2, 2, 3, 3))
+    assert torch.equal(averaged.module.threshold, before)
+
+
 def test_inputs_of_one_sign_are_refused_by_the_name_of_their_layer():
     x = torch.zeros(2, 3, 8, 8)
     x[0, 0, 0, 0] = -1
-    with pytest.raises(ValueError, match=r"^layer1\.conv2: 99\.\d% of its inputs have the same sign"):
+    with pytest.raises(InputError, match=r"^layer1\.conv2: 99\.\d% of its inputs have the same sign"):
         SignActivation(threshold=3, name="layer1.conv2")(x)
 
 

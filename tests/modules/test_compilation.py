@@ -66,7 +66,7 @@ def test_compilation_errors_are_reported_in_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
-    with pytest.raises(InputError, match=r"compile: .*no compiler here.* Without it: compile false") as caught:
+    with pytest.raises(InputError, match=r"compile: .*no compiler here.*; to do without it, set compile") as caught:
         fit(tiny_pcnn(compile=True))
     assert "\n" not in str(caught.value)
 

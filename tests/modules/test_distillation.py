@@ -156,6 +156,23 @@ def test_teachers_that_do_not_fit_are_refused_by_name(monkeypatch):
         student(distill_loss_weight=0, task_loss_weight=0)
 
 
+def test_the_teacher_has_nothing_to_do_before_its_term_begins():
+    write_teacher()
+    epochs = []
+
+    class Count(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module._teacher.network.register_forward_hook(lambda *_: epochs.append(trainer.current_epoch))
+
+    torch.manual_seed(0)
+    fit(student(distill_loss_start=2), max_epochs=4, callbacks=[Count()])
+    assert epochs == [2] * 4 + [3] * 4
+    with pytest.raises(
+        InputError, match=r"task_loss_weight must be positive until distill_loss begins \(2\), but got 0"
+    ):
+        fit(student(distill_loss_start=2, task_loss_weight=0))
+
+
 def train_in_double(batch_size: int, accumulate: int, *callbacks: Callback, **trainer: Any) -> dict[str, Any]:
     """Without batch statistics, so that a large batch equals several small ones."""
     torch.manual_seed(0)

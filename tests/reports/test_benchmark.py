@@ -208,8 +208,15 @@ RUNTIMES = [
         tiny_pcnn(full_precision=True),
         tiny_mcn(),
         tiny_mcn(average=True, levels=3),
+        tiny_pcnn(
+            backbone="torchvision/resnet18",
+            widths=None,
+            small_images=True,
+            projections=1,
+            convert={"activations": "sign"},
+        ),
     ],
-    ids=["PCNN", "ternary", "full precision", "MCN", "MCN-1"],
+    ids=["PCNN", "ternary", "full precision", "MCN", "MCN-1", "converted"],
 )
 def test_inference(model):
     report = benchmark_inference(model, tiny_digits(), 3, ONCE)

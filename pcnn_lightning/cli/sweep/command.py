@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from pcnn_lightning.callbacks import LossCurves, StageCheckpoint
+from pcnn_lightning.callbacks import LossCurves, StageCheckpoint, StagePlan
 from pcnn_lightning.cli.names import packaged_sweeps
 from pcnn_lightning.cli.parser import OneBitCLI, Parser
 from pcnn_lightning.cli.run_folder import CONFIG, requeued_checkpoint
@@ -24,7 +24,7 @@ from pcnn_lightning.cli.sweep.folder import SweepFolder, can_go_on, clear, finis
 from pcnn_lightning.cli.sweep.local import end_with_parent, run_all
 from pcnn_lightning.cli.sweep.plan import Axis, Plan, Run, check_distinct, parse_axis, read_plan, select
 from pcnn_lightning.cli.sweep.slurm import SCRIPT, array_job
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, one_line
 from pcnn_lightning.files import write_whole
 
 Build = Callable[[list[str], type[OneBitCLI], type[Parser]], OneBitCLI]
@@ -79,7 +79,7 @@ def sweep(options: Namespace, arguments: Sequence[str], build: Build) -> None:
 
 
 PYTHON = ["python", "-m", "pcnn_lightning"]
-"""How commands begin that a user is told."""
+"""Start of the commands that are shown to the user."""
 
 
 def plan_of(options: Namespace, arguments: Sequence[str]) -> Plan:
@@ -126,6 +126,9 @@ class _Check(OneBitCLI):
                 "a sweep needs checkpoint, with save_last and without dirpath and save_weights_only: a run goes on "
                 "from the last checkpoint in its folder"
             )
+        for one in trainer.callbacks:
+            if isinstance(one, StagePlan) and one.concerns(self.model):
+                one.check(self.model, trainer)
         if not any(isinstance(one, LossCurves) for one in trainer.callbacks):
             raise InputError("a sweep needs loss_curves, which record its results")
         run = self.config["fit"]
@@ -167,7 +170,7 @@ def check_run(run: Run, folder: Path, build: Build, elsewhere: bool = False) -> 
                 ["fit", *run.args, "--run_dir", str(folder)], _CheckElsewhere if elsewhere else _Check, _RaisingParser
             )
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"{run.name}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{run.name}: {one_line(error)}") from error
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)

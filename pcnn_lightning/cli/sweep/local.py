@@ -34,6 +34,8 @@ class _Active:
     process: subprocess.Popen[bytes]
     slot: int
     began: float
+    log_start: int
+    """Bytes that its log had before, from earlier attempts."""
 
 
 def run_all(runs: Sequence[Path], jobs: int, lock: int | None) -> int:
@@ -50,22 +52,23 @@ def run_all(runs: Sequence[Path], jobs: int, lock: int | None) -> int:
     Returns:
         The number of runs that failed.
     """
-    waiting, active, failed = list(runs), dict[int, _Active](), list[Path]()
+    waiting, active, failed = list(runs), dict[int, _Active](), dict[Path, str]()
     with _Line(runs) as line, ExitStack() as ending, _sigterm_raises():
         ending.callback(_end, active)
         while waiting or active:
             for slot in range(jobs):
                 if waiting and slot not in active:
                     run = waiting.pop(0)
-                    active[slot] = _Active(run, _start(run, slot, jobs, lock), slot, time.monotonic())
+                    log_start = (run / LOG).stat().st_size if (run / LOG).exists() else 0
+                    active[slot] = _Active(run, _start(run, slot, jobs, lock), slot, time.monotonic(), log_start)
             line.show(len(active))
             time.sleep(SECONDS)
             for one in [one for one in active.values() if one.process.poll() is not None]:
                 del active[one.slot]
                 if not line.report(one.run, one.process.returncode, time.monotonic() - one.began):
-                    failed.append(one.run)
-    for run in failed:
-        print(f"failed: {run.name}: {_reason(run / LOG)} ({run / LOG})", file=sys.stderr)
+                    failed[one.run] = _reason(one.run / LOG, one.log_start)
+    for run, reason in failed.items():
+        print(f"failed: {run.name}: {reason} ({run / LOG})", file=sys.stderr)
     return len(failed)
 
 
@@ -202,8 +205,8 @@ def _length(run: Path) -> int:
     return max(epochs or 0, 0)
 
 
-def _reason(log: Path) -> str:
-    """The last error in a log; without one, its last line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+def _reason(log: Path, start: int) -> str:
+    """The last error in a log from byte ``start`` on; without one, its last line."""
+    lines = log.read_bytes()[start:].decode(errors="replace").split("\n") if log.exists() else []
     said = [line.strip() for line in lines if line.strip()]
     return next((line for line in reversed(said) if "error:" in line.lower()), said[-1] if said else "no output")

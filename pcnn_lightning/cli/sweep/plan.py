@@ -13,7 +13,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from pcnn_lightning.cli.names import packaged_sweeps
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, one_line
 
 LONGEST_NAME = 200
 """Upper bound of the bytes in the name of a run, which names its folder."""
@@ -125,7 +125,7 @@ def _read(file: Path, path: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"there is no sweep file {file} ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict) or not content.keys() <= {*KEYS}:
         others = ", ".join(str(key) for key in content if key not in KEYS) if isinstance(content, dict) else content
         raise InputError(f"{file} must have the keys {', '.join(KEYS)} only, but got {others}")
@@ -182,7 +182,7 @@ def _constructed(node: yaml.Node) -> Any:
 
 def _axis(key: str, values: Any, where: str) -> Axis:
     if key == "config" or not re.fullmatch(r"\w[\w.]*", key):
-        raise InputError(f"{where}: {key} cannot be an axis, which is named as an argument of fit, without dashes")
+        raise InputError(f"{where}: {key} cannot be an axis: name an axis like an argument of fit, without dashes")
     if isinstance(values, dict) and values:
         return {
             _text(name, where): _arguments(settings, f"{where}: {key}: {name}") for name, settings in values.items()

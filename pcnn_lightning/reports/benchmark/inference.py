@@ -45,7 +45,8 @@ def benchmark_inference(
     model.set_stage(model.trained_stages[-1])
     description = describe(model, datamodule)
     frozen = PackedNetwork.of(model.net, description)
-    of_twin = replace(description, stage="full_precision", sign_activations=False, layer={})
+    conversion = description.conversion and {**description.conversion, "layers": {}, "activations": "real"}
+    of_twin = replace(description, stage="full_precision", sign_activations=False, layer={}, conversion=conversion)
     twin = PackedNetwork.of(model.twin().net, of_twin)
     makers: dict[str, Callable[[], Classify]] = {
         "full precision, torch": lambda: partial(_classify_channels_last, _channels_last(twin)),
