@@ -56,7 +56,10 @@ def check_path(name: str, value: Any) -> None:
 
 
 def check_given(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Require values of the kinds that the annotations of ``function`` name; numbers and choices are for others."""
+    """Require values of the types in the annotations of ``function``: booleans, strings, lists and None.
+
+    Numbers and choices have checks of their own.
+    """
     for name, hint in get_type_hints(function).items():
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if name in values and not any(_may_be(values[name], kind) for kind in kinds):

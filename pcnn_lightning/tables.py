@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 NARROWEST = 12
-"""Columns of the terminal that the first column of a table takes at least, or its own width if that is less."""
+"""Minimum width of a table's first column, in columns of the terminal; a narrower one keeps its own width."""
 
 
 def terminal_width() -> int:

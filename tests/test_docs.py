@@ -126,7 +126,7 @@ def test_private_names_of_other_packages_are_listed():
     for path in (ROOT / "pcnn_lightning").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
-                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.FunctionDef(name=name):
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()) | ast.FunctionDef(name=name):
                     defined.add(name)
                 case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
                     defined.add(name)

@@ -46,7 +46,9 @@ class SplitNetwork(Network):
         nn.Module.__init__(self)
         linear = [one for one in trace(network, image_shape) if isinstance(one.module, nn.Linear) and one.calls]
         if not linear:
-            raise InputError(f"{type(network).__name__} has no linear layer, whose input the features would be")
+            raise InputError(
+                f"{type(network).__name__} has no linear layer; its last one must map the features to the logits"
+            )
         last = linear[-1]
         image = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(last.module.weight)
         before = evaluate(network, image)
@@ -206,8 +208,8 @@ def _import_timm(name: str) -> Any:
 
 def _no_download(name: str, error: Exception) -> InputError:
     return InputError(
-        f"the weights of {name} cannot be downloaded ({type(error).__name__}): download them elsewhere, and give the "
-        "file as pretrained; a teacher's, load in a function of your own"
+        f"the weights of {name} cannot be downloaded ({type(error).__name__}): download them elsewhere, and name the "
+        "file as pretrained; for a teacher, load them in a function of your own"
     )
 
 
@@ -272,7 +274,7 @@ def quarter_resnet18(num_classes: int, in_channels: int) -> nn.Module:
 def front_of(activations: str, sign: Callable[..., nn.Module]) -> Callable[..., nn.Module] | None:
     """What :func:`~pcnn_lightning.conversion.convert` puts in front of 1-bit layers, for one of :data:`ACTIVATIONS`.
 
-    ``off`` is for a network whose signs are not enabled, which has modules of these names.
+    ``off`` puts an identity there: for a network trained with its signs disabled, whose modules keep their names.
     """
     return {"real": None, "off": lambda **_: nn.Identity(), "sign": lambda **_: sign(), "threshold": sign}[activations]
 

@@ -55,7 +55,7 @@ def _complete_values(parser: ArgumentParser) -> None:
             action.complete = {}  # type: ignore[attr-defined]
     if "--config" in flags:
         names = " ".join(packaged_configs())
-        both = f'compgen -f -- "$1"; compgen -W "{names}" -- "$1"'  # files, and the configurations that come along
+        both = f'compgen -f -- "$1"; compgen -W "{names}" -- "$1"'  # files, and the configurations of this package
         flags["--config"].complete = {  # type: ignore[attr-defined]
             "bash": "_pcnn_lightning_config_files",
             "zsh": f"{{_files; compadd {names}}}",

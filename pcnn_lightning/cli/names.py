@@ -1,6 +1,6 @@
 """Names that stand for more on the command line, and mistakes told by them.
 
-These are the names of models and data, and of the configurations that come along.
+These are the names of models and data, and of the configurations of this package.
 """
 
 import os
@@ -46,7 +46,7 @@ def with_packaged_configs(args: Sequence[str]) -> list[str]:
 
 
 def packaged_configs() -> dict[str, Path]:
-    """The configurations that come along, by their names."""
+    """The configurations of this package, by their names."""
     package = Path(__file__).parents[1]
     # In a checkout, they lie beside the package; an installed one has them inside.
     folder = next((one for one in (package / "configs", package.parent / "configs") if one.is_dir()), package)
@@ -54,7 +54,7 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def packaged_sweeps() -> dict[str, Path]:
-    """The files of sweeps that come along, by their names."""
+    """The sweeps of this package, by their names."""
     configs = next(iter(packaged_configs().values())).parent
     return {path.name: path for path in sorted(configs.glob("sweeps/*.yaml")) if not Path(path.name).exists()}
 
@@ -77,7 +77,7 @@ def readable(message: str) -> str:
         return f"{wrong[1]} must be {names[wrong[1]]}, or the import path of a class, but got {wrong[2]}"
     if missing := re.search(r'Parser key "config": File does not exist: \'(.+)\'', message):
         return (
-            f"there is no configuration {os.path.relpath(missing[1])}; those that come along need no folder: "
+            f"there is no configuration {os.path.relpath(missing[1])}; those of this package need no folder: "
             f"{', '.join(packaged_configs())}"
         )
     if missing := re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL):

@@ -12,7 +12,7 @@ from torch import nn
 
 from pcnn_lightning.checks import check_bool
 from pcnn_lightning.conversion.report import ConversionReport, ConvertedLayer
-from pcnn_lightning.conversion.trace import Layer, Traced, look_again, pass_image, trace
+from pcnn_lightning.conversion.trace import Layer, Traced, pass_image, recheck_pooled, trace
 from pcnn_lightning.errors import InputError
 from pcnn_lightning.layers import FrozenConv2d, ProjectionConv2d, QuantizedConv2d
 
@@ -73,7 +73,7 @@ def convert(
         raise InputError("the network is a single layer: put it into an nn.Sequential to convert it")
     check_bool("pointwise", pointwise)
     traced = trace(model, image_shape)
-    look_again(model, image_shape, traced)
+    recheck_pooled(model, image_shape, traced)
     reasons = _reasons(traced, _patterns("include", include), _patterns("exclude", exclude), pointwise)
     chosen = {one.name: one for one in traced if reasons[one.name] is None}
     options = _overrides(chosen, overrides or {})
@@ -201,7 +201,7 @@ def _built(
     old = one.module
     assert isinstance(old, nn.Conv2d)
     if given := sorted({"in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"} & set(options)):
-        raise InputError(f"{one.name}: {given[0]} is that of the convolution, and cannot be overridden")
+        raise InputError(f"{one.name}: {given[0]} is taken from the convolution and cannot be overridden")
     shape = (old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
     try:
         new = layer(*shape, groups=old.groups, bias=old.bias is not None, **options)

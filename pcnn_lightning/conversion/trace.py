@@ -64,11 +64,11 @@ def trace(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Traced]
     return [*called.values(), *(traced for module, traced in layers.items() if module not in called)]
 
 
-def look_again(network: nn.Module, image_shape: tuple[int, int, int], layers: Sequence[Traced]) -> None:
-    """Tell pooled features from those that have one pixel since the image is small.
+def recheck_pooled(network: nn.Module, image_shape: tuple[int, int, int], layers: Sequence[Traced]) -> None:
+    """Keep :attr:`Traced.is_pooled` only where the input has one pixel for an image of twice the size as well.
 
-    Only layers whose input has one pixel for an image of twice the size as well stay :attr:`Traced.is_pooled`. Networks
-    that take images of one size only are left as they are.
+    Other features have one pixel because the image is small. Networks that take images of one size only are left as
+    they are.
     """
     pooled: dict[nn.Module, Traced] = {one.module: one for one in layers if one.is_pooled}
 

@@ -295,7 +295,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": _as_it_is,
+            "collate_fn": as_it_is,
             "worker_init_fn": leave_interrupts_to_the_first_process if self.num_workers > 0 else None,
             "generator": torch.Generator(),  # otherwise, a DataLoader draws from the global random state
         }
@@ -308,10 +308,10 @@ class ImageDataModule(LightningDataModule, ABC):
             float32 if the images are mixed; only the images if there are no labels.
         """
         images = batch.images
-        if batch.flips is not None and batch.offsets is None:
-            images = flip(images, batch.flips)
-        elif batch.flips is not None and batch.offsets is not None:
+        if batch.flips is not None and batch.offsets is not None:
             images = crop_and_flip(images, batch.offsets, batch.flips, self.crop_padding)
+        elif batch.flips is not None:
+            images = flip(images, batch.flips)
         if self._mean.device != images.device:  # only once, not for every batch
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
         images = normalize(images, self._mean, self._std)
@@ -329,5 +329,6 @@ def leave_interrupts_to_the_first_process(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _as_it_is(batch: RawBatch) -> RawBatch:
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: a loader's data set makes whole batches."""
     return batch

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from pcnn_lightning.data.sources import Source
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, one_line
 
 LOOKED_AT = 1000
 """Number of files whose headers are read to tell what images there are; those of all of ImageNet would take minutes."""
@@ -129,7 +129,7 @@ def unreadable(failures: Mapping[str, Exception], listed: str = "", can_be_left_
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "unknown image format"  # Pillow's message would repeat the path
-    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
 def is_corrupt(error: Exception) -> bool:

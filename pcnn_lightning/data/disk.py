@@ -53,8 +53,7 @@ class DiskImages(ImageSet):
         images = torch.empty((len(codes), 1 if self.grayscale else 3, height, width), dtype=torch.uint8)
         flips = torch.zeros(len(codes), dtype=torch.bool)
         for place, code in enumerate(codes):
-            image, flips[place] = self._image(code)
-            images[place] = image
+            images[place], flips[place] = self._image(code)
         labels = self._labels_at(torch.tensor(codes) % len(self))
         if self.augmentation is None:
             return RawBatch(images, labels)

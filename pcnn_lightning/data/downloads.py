@@ -10,7 +10,7 @@ from pcnn_lightning.checks import check_path
 from pcnn_lightning.data.augment import resize
 from pcnn_lightning.data.base import ImageDataModule, Split
 from pcnn_lightning.data.datasets import MemoryImages
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, one_line
 
 
 class DownloadedImages(ImageDataModule):
@@ -42,7 +42,7 @@ class DownloadedImages(ImageDataModule):
         except (OSError, RuntimeError) as error:
             name, place = type(self).__name__, Path(self.root) / self.folder
             raise InputError(
-                f"{name} is not in {self.root} and could not be downloaded ({_one_line(error)}); "
+                f"{name} is not in {self.root} and could not be downloaded ({one_line(error)}); "
                 f"put its files into {place}, or set --data.root to where they are"
             ) from None
 
@@ -53,14 +53,10 @@ class DownloadedImages(ImageDataModule):
             source = self.source(self.root, train=split == "train")
         except Exception as error:  # for corrupt files, torchvision raises all kinds of exceptions
             place = Path(self.root) / self.folder
-            raise InputError(f"{type(self).__name__} cannot be read from {place}: {_one_line(error)}") from None
+            raise InputError(f"{type(self).__name__} cannot be read from {place}: {one_line(error)}") from None
         images = torch.as_tensor(source.data)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         return MemoryImages(images=resize(images, self.image_size), labels=torch.as_tensor(source.targets))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class MNIST(DownloadedImages):

@@ -180,7 +180,7 @@ class EncodedImages(ImageDataModule):
         Args:
             split: name of a split.
             counts: number of its images of each class.
-            problem: what its folder does to a class of which there is none.
+            problem: what is wrong with the folder, such as "holds no images".
 
         Raises:
             InputError: if there is none of a class.

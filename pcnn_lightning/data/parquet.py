@@ -14,7 +14,7 @@ from pcnn_lightning.data.base import Split
 from pcnn_lightning.data.memory import amount
 from pcnn_lightning.data.tars import places, stamp_of, work_on, writable
 from pcnn_lightning.data.webdataset import CLASSES, WebDataset
-from pcnn_lightning.errors import InputError
+from pcnn_lightning.errors import InputError, one_line
 from pcnn_lightning.files import replacing
 
 _FORMAT = "1"  # of the copies
@@ -119,11 +119,7 @@ def _opened(file: str) -> Any:
     try:
         return parquet.ParquetFile(file)
     except (ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read as a Parquet file: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file} cannot be read as a Parquet file: {one_line(error)}") from None
 
 
 def _check_column(file: str, columns: Any, argument: str, name: str) -> None:
@@ -168,7 +164,7 @@ def _copy(file: str, copies: dict[str, Path], image_column: str, label_column: s
     except InputError as error:
         return str(error)
     except (OSError, ValueError, RuntimeError) as error:  # pyarrow's exceptions derive from these
-        return f"{file} cannot be copied to {copies[file]}: {_one_line(error)}"
+        return f"{file} cannot be copied to {copies[file]}: {one_line(error)}"
     return None
 
 

@@ -32,7 +32,7 @@ from safetensors.numpy import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pcnn_lightning.data.base import leave_interrupts_to_the_first_process
+from pcnn_lightning.data.base import as_it_is, leave_interrupts_to_the_first_process
 from pcnn_lightning.data.layout import EXTENSIONS, some_of
 from pcnn_lightning.data.sources import Source
 from pcnn_lightning.errors import InputError
@@ -163,7 +163,8 @@ def _scan(tar: str, file: BinaryIO) -> Index:
     images: dict[str, tuple[int, int, str]] = {}  # offset, size and name by key, the name up to the first dot
     about: dict[str, dict[str, tuple[int, int, str]]] = {"cls": {}, "json": {}}  # likewise
     strange: dict[str, str] = {}  # names of images whose key ends before their extension
-    status, last, descriptor = os.fstat(file.fileno()), "", file.fileno()
+    descriptor, last = file.fileno(), ""
+    stamp = stamp_of(descriptor)
     with tarfile.open(fileobj=file, mode="r:") as members:
         for member in members:
             name = member.name.removeprefix("./")
@@ -176,7 +177,7 @@ def _scan(tar: str, file: BinaryIO) -> Index:
                 what = "sparse" if member.issparse() else "a link"
                 raise InputError(f"{tar}: {name} is {what}, so that it cannot be read in place: pack whole files")
             last, place = name, (member.offset_data, member.size, name)
-            if not member.issparse() and member.offset_data + member.size > status.st_size:
+            if not member.issparse() and member.offset_data + member.size > stamp[0]:
                 raise InputError(f"{tar} is truncated within its member {last}")
             if extension in (*IMAGES, *about):
                 those = images if extension in IMAGES else about[extension]
@@ -192,7 +193,7 @@ def _scan(tar: str, file: BinaryIO) -> Index:
         if any(rest):
             raise InputError(f"{tar} goes on after its end, as if several were joined: name each, or join by tar -A")
     if lost := [name for key, name in strange.items() if key not in images]:
-        raise InputError(f"{tar}: {lost[0]} is no image of a key of its own, which ends at the first dot: rename it")
+        raise InputError(f"{tar}: {lost[0]} has a dot before its extension, but a key ends at its first dot: rename it")
     if lost := [name for key, (_, _, name) in about["cls"].items() if key not in images]:
         raise InputError(f"{tar}: {lost[0]} is a label without an image")
     if not images:
@@ -212,7 +213,7 @@ def _scan(tar: str, file: BinaryIO) -> Index:
         np.array(offsets),
         np.array(sizes),
         np.array([os.fsencode(name) for name in names]),
-        (status.st_size, status.st_mtime_ns),
+        stamp,
     )
 
 
@@ -239,14 +240,14 @@ def _label(tar: str, member: str, value: Any) -> int:
     return value
 
 
-def stamp_of(file: str) -> tuple[int, int]:
-    """By what is recognized that a file is still the one that something was made of: its size and time of change."""
+def stamp_of(file: str | int) -> tuple[int, int]:
+    """Size and time of the last change of a file or descriptor, by which a changed file is recognized."""
     status = os.stat(file)  # noqa: PTH116
     return status.st_size, status.st_mtime_ns
 
 
 def places(file: str, ending: str, cache_dir: Path | None) -> list[Path]:
-    """Where what is made of a file may be: beside it, or in a folder of one's own.
+    """The paths at which a file made of ``file`` may be: beside it, or in the user's cache folder.
 
     Args:
         file: path of the file.
@@ -329,7 +330,7 @@ def work_on(what: str, files: Sequence[str], work: Callable[[str], str | None]) 
     loader: DataLoader[Any] = DataLoader(
         _Work(files, work),
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=workers if workers > 1 else 0,  # unlike those of other pools, they end if this process is killed
         worker_init_fn=leave_interrupts_to_the_first_process if workers > 1 else None,
         generator=torch.Generator(),
@@ -354,10 +355,6 @@ class _Work(Dataset[Any]):
 
     def __getitem__(self, index: int) -> str | None:
         return self.work(self.files[index])
-
-
-def _as_it_is(result: Any) -> Any:
-    return result
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -439,8 +436,7 @@ class _Tar:
 
     def read(self, size: int, offset: int) -> bytes:
         content = os.pread(self._descriptor, size, offset)
-        status = os.fstat(self._descriptor)  # a thousandth of the time that decoding takes
-        if (status.st_size, status.st_mtime_ns) != self._stamp:
+        if stamp_of(self._descriptor) != self._stamp:  # a thousandth of the time that decoding takes
             raise OSError(errno.ESTALE, "the tar has changed since it was indexed")
         return content
 

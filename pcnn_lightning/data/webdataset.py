@@ -40,7 +40,7 @@ class WebDataset(EncodedImages):
         num_classes: number of classes; None takes the number of ``classes``, or the largest label plus one if each
             label up to it has images.
         classes: names of the classes, by label; None takes the lines of ``root/classes.txt`` if it exists.
-        cache_dir: folder for what is made of the tars, their indexes; None keeps each beside its tar, or in
+        cache_dir: folder for the indexes of the tars; None keeps each beside its tar, or in
             ``~/.cache/pcnn_lightning`` if that folder is read-only.
         kwargs: see :class:`~pcnn_lightning.data.encoded.EncodedImages`.
 
@@ -50,7 +50,7 @@ class WebDataset(EncodedImages):
     """
 
     suffix = ".tar"
-    """How the names of the files end that are looked for in folders."""
+    """Suffix of the files that are looked for in folders."""
 
     def __init__(
         self,

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pcnn_lightning.backbones import BACKBONES, BLOCK_OPTIONS
 from pcnn_lightning.backbones.external import ACTIVATIONS
 from pcnn_lightning.errors import InputError
@@ -102,6 +105,19 @@ class Description:
         if not isinstance(content, dict) or set(content) | _LATER != names:
             raise InputError(f"its description must be an object of {', '.join(sorted(names))}")
         return cls(**content)
+
+    def check_images(self, images: Tensor) -> None:
+        """Require raw images, (B, C, H, W) uint8, of the described size.
+
+        Raises:
+            ValueError: if they have another dtype or shape.
+        """
+        shape = (self.in_channels, *self.image_size)
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != shape:
+            raise ValueError(
+                f"images must be uint8 of shape (B, {', '.join(map(str, shape))}), "
+                f"but got {images.dtype} of shape {tuple(images.shape)}"
+            )
 
     def _one_of(self, name: str, allowed: tuple[object, ...]) -> None:
         value = getattr(self, name)

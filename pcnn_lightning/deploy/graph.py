@@ -125,5 +125,5 @@ def _module_of(node: fx.Node) -> nn.Module | None:
 
 
 def _scope(inputs: tuple[str, ...]) -> str:
-    """The path, with a dot, of the module whose parts are added: that of the first one, which is the convolution's."""
+    """The path, with a trailing dot, of the module that holds the first input, which is the convolution's."""
     return inputs[0].rpartition(".")[0] + "."

@@ -157,12 +157,7 @@ class OpenVINOClassifier:
         Raises:
             ValueError: if they have another dtype, or another size than the network was trained for.
         """
-        shape = (self.description.in_channels, *self.description.image_size)
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != shape:
-            raise ValueError(
-                f"images must be uint8 of shape (B, {', '.join(map(str, shape))}), "
-                f"but got {images.dtype} of shape {tuple(images.shape)}"
-            )
+        self.description.check_images(images)
         pixels = images.cpu().numpy()
         logits = np.empty((len(images), self.description.num_classes), np.float32)
         start = 0

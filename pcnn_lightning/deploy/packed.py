@@ -13,7 +13,9 @@ Its metadata has one key, ``pcnn_lightning``, whose value is a JSON object with
 - ``format_version``: 2;
 - ``package_version``: version of the package that wrote the file;
 - ``description``: the fields of :class:`~pcnn_lightning.deploy.description.Description`, an object;
-- ``crc32``: checksum of the description, as Python writes it to JSON without spaces, then ``codes``, then ``floats``.
+- ``crc32``: checksum of the description, as Python writes it to JSON without spaces, then ``codes``, then ``floats``;
+- ``layout_crc32``, for a converted network only: checksum of the names, shapes and symbols of its tensors, since the
+  code that makes the network may change.
 """
 
 import json
@@ -103,12 +105,7 @@ class PackedNetwork(Network):
         Raises:
             ValueError: if they have another dtype or shape.
         """
-        shape = (self.description.in_channels, *self.description.image_size)
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != shape:
-            raise ValueError(
-                f"images must be uint8 of shape (B, {', '.join(map(str, shape))}), "
-                f"but got {images.dtype} of shape {tuple(images.shape)}"
-            )
+        self.description.check_images(images)
         return images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
 
     @torch.no_grad()

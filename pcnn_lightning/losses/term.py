@@ -97,9 +97,9 @@ class CrossEntropy(LossTerm):
     which is :func:`torch.nn.functional.cross_entropy` for labels that are indices. Evaluation has the plain mean.
 
     Args:
-        label_smoothing: in training only.
-        weight: in training only.
+        label_smoothing: label smoothing, in training only.
         class_weights: a number above zero for each class, in training only; None for equal weights.
+        weight: factor of the term, in training only.
 
     Attributes:
         class_weights: (num_classes,) or None, a buffer that checkpoints do not hold.

@@ -1,4 +1,4 @@
-"""Short names on the command line: of models, data and the configurations that come along."""
+"""Short names on the command line: of models, data and the configurations of this package."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def _own_families(monkeypatch):
         (DIGITS, "--model (one of PCNN, MCN, BNN) must be given, or a configuration that has it"),
         (
             ["--config=digit.yaml"],
-            "there is no configuration digit.yaml; those that come along need no folder: bnn_cif",
+            "there is no configuration digit.yaml; those of this package need no folder: bnn_cif",
         ),
         (["--config=configs/digit.yaml"], "there is no configuration configs/digit.yaml; those"),
         ([*DIGITS, "--model=PCNN", "--trainer.logger=Foo"], "trainer.logger: no class Foo fits here"),

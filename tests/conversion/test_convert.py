@@ -349,7 +349,7 @@ def test_what_cannot_be_converted_is_named_in_the_table():
             r"'layer1' matches no convolution; there are layer1\.\* for those in it",
         ),
         (Block(), {"layer": nn.Conv2d}, "layer must make 1-bit convolutions, but made a Conv2d"),
-        (Block(), {"overrides": {"main": {"stride": 2}}}, "main: stride is that of the convolution"),
+        (Block(), {"overrides": {"main": {"stride": 2}}}, "main: stride is taken from the convolution"),
         (Block(), {"pointwise": "nope"}, "pointwise must be true or false, but got 'nope'"),
         (Block(), {"overrides": {"re:(": {}}}, "overrides: .* is no regular expression"),
         (nn.Sequential(nn.Conv2d(5, 4, 3)), {}, r"an image of shape \(3, 32, 32\) cannot pass"),

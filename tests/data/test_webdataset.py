@@ -287,7 +287,7 @@ GOOD = {"a.jpg": b"x" * 700, "a.cls": "0"}
         ({**GOOD, "b.cls": "0"}, r"t\.tar: b\.cls is a label without an image"),
         (
             {**GOOD, "v1.5.png": b"x", "v1.cls": "0"},
-            r"v1\.5\.png is no image of a key of its own, which ends",
+            r"v1\.5\.png has a dot before its extension, but a key ends",
         ),
         ({"a.jpg": b"x", "a.cls": "1_0"}, r"in a\.cls must be .* got '1_0'"),
         ({"a.jpg": b"x", "a.json": "[" * 20_000}, r"in a\.json must be"),

@@ -190,7 +190,7 @@ def test_rewrite_without_changes_keeps_the_file():
         (described(layer={"hidden": 1}), "no such network: .*unexpected keyword argument 'hidden'"),
         (described(layer={"scaling": "channel"}), "its network takes floats of F32"),
         (described(family="MCN", layer={"average": False, "levels": 5}), "no such network: levels must be 2, 3, 4"),
-        (described(family="MCN", layer={"average": 1}), "no such network: average must be True or False"),
+        (described(family="MCN", layer={"average": 1}), "no such network: average must be true or false"),
         (described(family="MCN", stage="real", layer={}), "no such network: levels must be None in stage real"),
         (described(planes=3, widths=[2**20] * 4), "its network takes codes"),
         (described(planes=2**20), "its network takes codes"),

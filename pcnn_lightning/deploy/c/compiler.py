@@ -52,12 +52,7 @@ class CompiledNetwork:
         return self._run(images)[1]
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (self.description.in_channels, *self.description.image_size)
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != shape:
-            raise ValueError(
-                f"images must be uint8 of shape (B, {', '.join(map(str, shape))}), "
-                f"but got {images.dtype} of shape {tuple(images.shape)}"
-            )
+        self.description.check_images(images)
         images = images.cpu().contiguous()
         logits = torch.empty(len(images), self.description.num_classes, dtype=torch.float32)
         arena = torch.empty(self._arena_bytes, dtype=torch.uint8)  # of this call, so that threads do not share it
