@@ -194,7 +194,9 @@ class StagePlan(Callback):
         entered = stage.layers_entered(count, trainer.current_epoch - start, end - start)  # type: ignore[operator]
         if entered > module.entered:
             module.enter_layers(entered)
-            forget_best(trainer)  # the network was better before
+            restart_early_stopping(trainer)  # the network was better before
+        if entered == count:
+            forget_best(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(StagedModule, pl_module)
@@ -261,8 +263,17 @@ def _epochs_of(trainer: Trainer) -> int:
     return -1 if trainer.max_epochs is None else trainer.max_epochs
 
 
+def restart_early_stopping(trainer: Trainer) -> None:
+    """Let early stopping wait anew, for a metric better than from now on."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
+
+
 def forget_best(trainer: Trainer) -> None:
     """Reset the best metric of checkpoints and early stopping. Files that are already written stay."""
+    restart_early_stopping(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint):
             callback.best_model_score = None
@@ -270,6 +281,3 @@ def forget_best(trainer: Trainer) -> None:
             callback.best_k_models = {}
             callback.kth_best_model_path = ""
             callback.kth_value = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))
-        elif isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(float("inf" if callback.mode == "min" else "-inf"))

@@ -1,12 +1,13 @@
 """Runs that go through a plan of stages."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny import Decline, Stop, fit, tiny_digits, tiny_mcn, tiny_pcnn
 
 from pcnn_lightning import BNN, LossCurves, SignActivation, StageCheckpoint, StagePlan, StageSwitch
@@ -132,8 +133,11 @@ def test_the_signs_in_front_of_an_entered_layer_are_on():
 def test_a_run_does_not_stop_early_while_layers_enter():
     """Each validation is worse than the one before, so that two of them end the run once all layers have entered."""
     stop = EarlyStopping("val/declining", patience=2, mode="max")
-    record = run(tiny_bnn(), [Stage("binary", layer_by_layer=0.5)], callbacks=[Decline(), stop], max_epochs=12)
+    keep = ModelCheckpoint("kept", "{epoch}", monitor="val/declining", mode="max")
+    more = {"callbacks": [Decline(), stop, keep], "max_epochs": 12, "enable_checkpointing": True}
+    record = run(tiny_bnn(), [Stage("binary", layer_by_layer=0.5)], **more)
     assert record.column("stage") == ["to_binary"] * 4 + ["binary"] * 3
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["epoch=0.ckpt", "epoch=4.ckpt"]
 
 
 def test_the_number_of_layers_rises_to_all_of_them():

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 
 from pcnn_lightning.cli.names import packaged_sweeps
 from pcnn_lightning.cli.sweep.folder import locked
+from pcnn_lightning.cli.sweep.local import _reason
 from pcnn_lightning.cli.sweep.plan import Plan, parse_axis, read_plan
 
 ROOT = Path(__file__).parents[2]
@@ -319,6 +320,17 @@ def test_runs_share_the_machine_and_a_failed_one_stops_no_other(command, monkeyp
         assert 0 <= float(test["test/accuracy"]) <= 1
         assert all(row["device"].startswith(f"CPU, {threads} thread") for row in rows(f"{folder}/times.csv"))
         assert not list(Path(f"runs/eta1=1e9,seed_everything={seed}").rglob("test.csv"))
+
+
+def test_a_run_that_failed_again_is_reported_with_its_last_error(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("error: the disk is full\n")
+    before = log.stat().st_size
+    assert _reason(log, before) == "no output"  # killed
+    with log.open("a") as file:
+        file.write("epoch 1\nValueError: of the second attempt\nepoch 2\n")
+    assert _reason(log, before) == "ValueError: of the second attempt"
+    assert _reason(log, 0) == "ValueError: of the second attempt"
 
 
 @pytest.mark.parametrize("name", sorted(packaged_sweeps().keys() - {"published.yaml"}))
