@@ -113,7 +113,7 @@ def draw_losses(epochs: list[dict[str, Any]], terms: Mapping[str, LossTerm]) -> 
     panels = figure.subplots(len(drawn) + 1, sharex=True, squeeze=False).flatten()
     for axes, (name, term) in zip(panels, drawn.items(), strict=False):
         _plot(axes, epochs, name, SPLITS if term.depends_on_data else ("train",))
-        axes.set_ylabel(f"{term.label}\n({'nats' if name == 'cross_entropy' else 'weighted'})")
+        axes.set_ylabel(f"{term.label}\n({term.unit})")
         if axes.dataLim.y1 > 10 * axes.dataLim.minposy:
             axes.set_yscale("log")
     _plot(panels[-1], epochs, "accuracy", SPLITS, scale=100)

@@ -42,6 +42,7 @@ class LossTerm(nn.Module):
 
     Attributes:
         label: its name in figures.
+        unit: its unit in figures.
         depends_on_data: False if the term has the same value for any batch, as a penalty on the weights has.
         in_evaluation: whether the term is part of the loss in validation and test; if not, validation only logs it.
         training_only: whether the term is computed in training only, and validation does not even log it.
@@ -49,6 +50,7 @@ class LossTerm(nn.Module):
     """
 
     label = ""
+    unit = "weighted"
     depends_on_data = True
     in_evaluation = True
     training_only = False
@@ -118,6 +120,7 @@ class CrossEntropy(LossTerm):
         check_number("label_smoothing", label_smoothing, 0, below=1)
         check_number("weight", weight, 0)
         self.label_smoothing, self.weight = label_smoothing, weight
+        self.unit = "nats" if weight == 1 else f"nats, training × {weight:g}"
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
 

@@ -90,6 +90,8 @@ def test_the_picture_marks_the_switch():
     texts = figure.axes[0].texts
     assert [(text.get_text(), text.get_ha()) for text in texts] == [("ternary", "right"), ("binary", "left")]
     assert list(figure.axes[2].lines[0].get_ydata()) == [50, 60, 70]
+    figure = draw_losses(rows, {"cross_entropy": CrossEntropy(weight=0.5)})
+    assert figure.axes[0].get_ylabel() == "cross-entropy\n(nats, training × 0.5)"
 
 
 def test_the_table_grows_with_every_epoch_and_the_figure_every_few(tmp_path, monkeypatch):
