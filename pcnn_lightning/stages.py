@@ -163,9 +163,6 @@ class StagedModule(Protocol):
     def stage_name(self) -> str:
         """What logs and files call the current stage: ``binary_2``, or ``to_binary`` while layers enter it."""
 
-    entered: int
-    """Number of 1-bit layers that are in the current stage."""
-
     @property
     def has_entered(self) -> bool:
         """Whether all layers are in the current stage."""

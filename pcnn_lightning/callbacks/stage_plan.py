@@ -106,7 +106,7 @@ class StagePlan(Callback):
             raise InputError(f"{name} with shares of the run needs trainer.max_epochs to be set")
         if epochs < 0 and self.stages[last].layer_by_layer:
             raise InputError(f"stage {last}: layer_by_layer needs trainer.max_epochs to be set")
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or epochs == 0:  # type: ignore[attr-defined]
             return
         first_epochs, end = self._boundaries(epochs)
         if end is not None and end != epochs:
@@ -114,7 +114,7 @@ class StagePlan(Callback):
                 f"the stages of {name} end at epoch {end}, but trainer.max_epochs is {epochs}: "
                 "change one of them, or leave out the epochs of the last stage"
             )
-        if 0 <= epochs <= first_epochs[-1] and not self.may_end_early:
+        if 0 < epochs <= first_epochs[-1] and not self.may_end_early:
             raise InputError(f"stage {last} begins at epoch {first_epochs[-1]}, but trainer.max_epochs is {epochs}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,9 +192,8 @@ class StagePlan(Callback):
         stage, count = self.stages[self.names[self._index(module)]], len(module.one_bit_layers)
         start, end = module.stage_start, module.stage_end or trainer.max_epochs
         entered = stage.layers_entered(count, trainer.current_epoch - start, end - start)  # type: ignore[operator]
-        if entered > module.entered:
-            module.enter_layers(entered)
-            restart_early_stopping(trainer)  # the network was better before
+        module.enter_layers(entered)
+        restart_early_stopping(trainer)  # the network was better before
         if entered == count:
             forget_best(trainer)
 

@@ -44,4 +44,4 @@ def normalize_filters(weight: Tensor, normalization: Normalization = "standardiz
         return centered
     deviation = centered.std(dim=filters, correction=0, keepdim=True)
     equal = deviation <= 1e-6 * weight.detach().abs().amax(dim=filters, keepdim=True)  # but for rounding
-    return (centered * (math.sqrt(2 / elements) / deviation.masked_fill(equal, 1))).masked_fill(equal, 0)
+    return centered * (math.sqrt(2 / elements) / deviation.masked_fill(equal, math.inf))

@@ -349,7 +349,7 @@ class OneBitClassifier(LightningModule):
             raise ValueError(f"stage must be one of {', '.join(self.trained_stages)} for {family}, but got {name}")
         if stage.activations == "sign" and not self.sign_activations:
             raise ValueError(f"stage {name}: activations must be real for this {family}, but got sign")
-        given = [*stage.overrides, *(["reinit_projection"] if stage.reinit_projection is not None else [])]
+        given = [*stage.overrides, *(["reinit_projection"] if stage.reinit_projection else [])]
         if unknown := [argument for argument in given if argument not in self.hparams]:
             raise ValueError(f"stage {name}: {unknown[0]} is not an argument of {family}")
         settings = {**self.hparams, **stage.overrides}

@@ -81,7 +81,8 @@ class PCNN(TwoRateClassifier):
 
     def on_train_start(self) -> None:
         stages, first = self.trained_stages, self.hparams["stage"]
-        if self.one_bit_layers and not self.plan and stages.index(self.stage) < stages.index(first):
+        resumed = self.trainer.ckpt_path is not None and not self.plan
+        if resumed and self.one_bit_layers and stages.index(self.stage) < stages.index(first):
             raise InputError(
                 f"the checkpoint is of a {self.stage} stage, but model.stage is {first}: to start a {first} run from "
                 f"{self.stage} kernels, name the checkpoint as model.init_from instead of --ckpt_path"

@@ -134,10 +134,10 @@ def test_a_run_does_not_stop_early_while_layers_enter():
     """Each validation is worse than the one before, so that two of them end the run once all layers have entered."""
     stop = EarlyStopping("val/declining", patience=2, mode="max")
     keep = ModelCheckpoint("kept", "{epoch}", monitor="val/declining", mode="max")
-    more = {"callbacks": [Decline(), stop, keep], "max_epochs": 12, "enable_checkpointing": True}
+    more = {"callbacks": [Decline(), stop, keep], "max_epochs": 24, "enable_checkpointing": True}
     record = run(tiny_bnn(), [Stage("binary", layer_by_layer=0.5)], **more)
-    assert record.column("stage") == ["to_binary"] * 4 + ["binary"] * 3
-    assert sorted(path.name for path in Path("kept").iterdir()) == ["epoch=0.ckpt", "epoch=4.ckpt"]
+    assert record.column("stage") == ["to_binary"] * 8 + ["binary"] * 3
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["epoch=0.ckpt", "epoch=8.ckpt"]
 
 
 def test_the_number_of_layers_rises_to_all_of_them():
@@ -274,6 +274,10 @@ def test_a_full_precision_twin_trains_as_long():
     assert record.column("stage") == ["full_precision"] * 3
 
 
+def test_a_run_of_no_epochs_is_no_mistake_of_the_plan():
+    assert not run(tiny_bnn(), [Stage("real", epochs=1), Stage("binary", reinit_projection=False)], max_epochs=0).epochs
+
+
 def test_a_plan_does_not_outlive_its_run():
     model, record = tiny_bnn(), Record()
     run(model, [Stage("real", epochs=1), Stage("binary", activations="real", **ADAM)], max_epochs=2)
@@ -324,6 +328,10 @@ def test_real_kernels_are_not_taken_for_binary_ones():
         with pytest.raises(InputError, match=f"checkpoint is of a real stage, but model.stage is {stage}: to start a"):
             fit(tiny_pcnn(stage=stage), ckpt_path="real.ckpt", max_epochs=2)
     fit(tiny_pcnn(stage="binary", init_from="real.ckpt"))
+    model = tiny_pcnn()
+    model.set_stage("real")  # asked for, not resumed
+    fit(model)
+    assert model.stage == "real"
 
 
 def test_layers_that_are_still_real_keep_the_projections_that_they_convolve_with():

@@ -113,6 +113,7 @@ REFUSED = {
     "checkpoints in one folder": ([ETA, "--checkpoint.dirpath=kept"], ("dirpath",)),
     "no records": ([ETA, "--loss_curves=null"], ("loss_curves",)),
     "stages beyond the run": (["--grid=stage_plan.stages=[{stage: real, epochs: 1}, {stage: binary}]"], ("epoch 1",)),
+    "a switch of a binary model": (["--stage_switch.epoch=1", "--grid=model.stage=ternary,binary"], ("stage=binary",)),
     "a run without files": ([ETA, "--trainer.fast_dev_run=true"], ("fast_dev_run",)),
     "no configuration of that name": ([ETA, "--config=missing.yaml"], ("eta1=0.05", "missing.yaml")),
 }

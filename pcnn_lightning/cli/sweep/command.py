@@ -129,6 +129,7 @@ class _Check(OneBitCLI):
         for one in trainer.callbacks:
             if isinstance(one, StagePlan) and one.concerns(self.model):
                 one.check(self.model, trainer)
+                one.begin_run(self.model)
         if not any(isinstance(one, LossCurves) for one in trainer.callbacks):
             raise InputError("a sweep needs loss_curves, which record its results")
         run = self.config["fit"]
